@@ -1,0 +1,264 @@
+"""The door between the engine and a kind of place where executions happen.
+
+A backend starts, finds, polls and cancels executions, and that is all. It holds no loop, no sleep,
+no thread, no retry, no database and no environment: the engine decides, the caller owns the handle.
+`BackendContract` in `dispatcher.testing` is the suite that every backend passes.
+
+Only two exceptions may come out of a backend, `Unavailable` and `Rejected`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import ClassVar, Protocol, TypeAlias
+
+from pydantic import BaseModel
+
+from dispatcher.states import Outcome
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "BackendLimits",
+    "Handle",
+    "LaunchRequest",
+    "Launched",
+    "Phase",
+    "Rejected",
+    "Report",
+    "TaskInput",
+    "TaskReport",
+    "Unavailable",
+]
+
+Handle: TypeAlias = str
+"""The backend's own name of an execution, a string that one can paste into the provider's console."""
+
+
+class BackendError(Exception):
+    """The root of the two errors that a backend may raise; the text is the provider's words."""
+
+
+class Unavailable(BackendError):
+    """The call did not work and the same call may work later: throttled, network, provider fault.
+
+    From `launch` it leaves open whether something was started, unless `not_started` says that the
+    provider clearly refused for now: then the execution keeps its key and its attempts and is called
+    again later at no cost. From `poll` it is never an outcome.
+    """
+
+    def __init__(
+        self, message: str, *, not_started: bool = False, retry_after: timedelta | None = None
+    ) -> None:
+        super().__init__(message)
+        self.not_started = not_started
+        self.retry_after = retry_after
+
+
+class Rejected(BackendError):
+    """The provider refuses this request and always will; from `launch`, nothing was started."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendLimits:
+    """What a kind of backend can do, in numbers that the planner and the engine rely on."""
+
+    max_tasks: int
+    """Chunks that one execution can hold at most."""
+
+    max_payload_bytes: int
+    """Bytes of items, as JSON, that one task can be given at most."""
+
+    call_timeout: timedelta
+    """No call of this backend takes longer: each sets this as its own timeout."""
+
+    find_grace: timedelta
+    """How long after a launch call ended `find` may still miss what the call started."""
+
+    absent_grace: timedelta
+    """How long an execution must stay absent before it is given up as lost."""
+
+    page_size: int
+    """Handles that one `poll` call answers for."""
+
+    relaunch_safe: bool
+    """A second `launch` with the same key cannot start a second execution."""
+
+    per_task_env: bool
+    """Each task of an execution can have args and env of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInput:
+    """One task of an execution: the place of one chunk in it."""
+
+    index: int
+    """The task index, from 0."""
+
+    chunk_index: int
+    attempt: int
+    """The attempt's number, from 1."""
+
+    items: str
+    """The chunk's items: one JSON array, as text."""
+
+    args: tuple[str, ...] = ()
+    """`args` of the job with its templates filled for this chunk."""
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    """`env` of the job with its templates filled, and the `DISPATCH_*` variables of this task."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequest:
+    """All that a backend needs to start one execution. The same rows give the same request, to the
+    byte: a launch may be repeated, and may be made by another worker than the one that meant it."""
+
+    key: str
+    """Names the execution for ever: lower-case letters, digits and '-', a letter first, ≤ 50."""
+
+    instance: str
+    """Names the installation, so that two of them can share a place: [a-z0-9], ≤ 20."""
+
+    batch_id: str
+    job: str
+    command: tuple[str, ...]
+    tasks: tuple[TaskInput, ...]
+    options: BaseModel
+    """The job's `options`, as an instance of the backend's `Options`."""
+
+    timeout: timedelta
+    """A task that runs longer is to be stopped and reported as timed_out."""
+
+    parallelism: int
+    """Tasks that may run at once, at most."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """An execution that exists at the provider."""
+
+    handle: Handle
+    key: str
+    console_url: str | None = None
+    logs_url: str | None = None
+
+
+class Phase(StrEnum):
+    """What the provider says of an execution as a whole."""
+
+    PENDING = "pending"
+    """Accepted; no task has started."""
+
+    RUNNING = "running"
+    """At least one task has started and not every task has ended."""
+
+    ENDED = "ended"
+    """Every task has ended and is in the report: nothing of it runs any more."""
+
+    ABSENT = "absent"
+    """A look-up by name says that there is no such thing; never because a list lagged."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReport:
+    """How one task ended."""
+
+    index: int
+    outcome: Outcome
+    exit_code: int | None = None
+    reason: str | None = None
+    """One sentence for people, in the provider's words where it has any."""
+
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the backend says of an execution now."""
+
+    phase: Phase
+    started_at: datetime | None = None
+    """When its first task started; None while none has, or where the provider does not say."""
+
+    tasks: tuple[TaskReport, ...] = ()
+    """Every task that has ended so far, the ones reported before included."""
+
+
+class Backend(Protocol):
+    """One configured place: a target. Made by `Backend(name, settings)`; cheap to make.
+
+    A backend may keep a client open, but nothing that matters: any process can make another one and
+    go on with the same handles.
+    """
+
+    Options: ClassVar[type[BaseModel]]
+    """What a job may set in `options` for this backend; unknown keys are refused at load."""
+
+    Settings: ClassVar[type[BaseModel]]
+    """What a target of this backend may set in the configuration file."""
+
+    @property
+    def limits(self) -> BackendLimits:
+        """The numbers that the planner and the engine rely on."""
+        ...
+
+    def home(self) -> Mapping[str, str] | None:
+        """Name the only machine from which this target can be reached, or None if any will do.
+
+        A worker serves a target with a home only if its own is the same.
+        """
+        ...
+
+    def check(self, options: BaseModel, command: Sequence[str]) -> Sequence[str]:
+        """Say what would keep a job with these options from running here: one sentence a problem."""
+        ...
+
+    def launch(self, request: LaunchRequest) -> Launched:
+        """Start the execution, or adopt the one that has this key already.
+
+        Raises:
+            Rejected: nothing was started and never will be by this request.
+            Unavailable: see there.
+        """
+        ...
+
+    def find(self, request: LaunchRequest) -> Launched | None:
+        """Look the execution up by its key; None if there is none now.
+
+        Raises:
+            Unavailable: it cannot be said now.
+        """
+        ...
+
+    def poll(self, handles: Sequence[Handle]) -> Mapping[Handle, Report]:
+        """Report on a page of executions. One that is left out cannot be told of (yet).
+
+        Raises:
+            Unavailable: nothing can be said now. Never an outcome.
+        """
+        ...
+
+    def cancel(self, handle: Handle) -> None:
+        """Ask for the end of an execution. May be repeated, may be late, may be for one unknown.
+
+        Raises:
+            Unavailable: ask again later.
+        """
+        ...
+
+    def strays(self, since: datetime) -> Iterable[Launched]:
+        """List what runs there under this installation's label and was started since then."""
+        ...
+
+    def logs(self, handle: Handle, task_index: int, tail: int) -> Iterator[str]:
+        """Yield the last `tail` lines that a task wrote, oldest first, without line ends."""
+        ...
+
+
