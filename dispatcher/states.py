@@ -76,7 +76,7 @@ class ExecutionState(StrEnum):
 
     INTENDED = "intended"
     """The intent is committed and the call is being made, or waits for `next_call_at` after a
-    throttled one. The launcher moves it on until `call_by`; past that, the sweep makes it unknown."""
+    throttled one. The launcher moves it on until `call_by`; then the sweep makes it unknown."""
 
     UNKNOWN = "unknown"
     """The call may or may not have started something: timeout, 5xx, a dropped connection, our own

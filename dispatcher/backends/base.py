@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Handle: TypeAlias = str
-"""The backend's own name of an execution, a string that one can paste into the provider's console."""
+"""The backend's own name of an execution; one can paste it into the provider's console."""
 
 
 class BackendError(Exception):
@@ -46,8 +46,8 @@ class Unavailable(BackendError):
     """The call did not work and the same call may work later: throttled, network, provider fault.
 
     From `launch` it leaves open whether something was started, unless `not_started` says that the
-    provider clearly refused for now: then the execution keeps its key and its attempts and is called
-    again later at no cost. From `poll` it is never an outcome.
+    provider clearly refused for now: then the execution keeps its key and its attempts and is
+    called again later at no cost. From `poll` it is never an outcome.
     """
 
     def __init__(
@@ -114,8 +114,11 @@ class TaskInput:
 
 @dataclass(frozen=True, slots=True)
 class LaunchRequest:
-    """All that a backend needs to start one execution. The same rows give the same request, to the
-    byte: a launch may be repeated, and may be made by another worker than the one that meant it."""
+    """All that a backend needs to start one execution.
+
+    The same rows give the same request, to the byte: a launch may be repeated, and may be made by
+    another worker than the one that meant it.
+    """
 
     key: str
     """Names the execution for ever: lower-case letters, digits and '-', a letter first, ≤ 50."""
@@ -217,7 +220,7 @@ class Backend(Protocol):
         ...
 
     def check(self, options: BaseModel, command: Sequence[str]) -> Sequence[str]:
-        """Say what would keep a job with these options from running here: one sentence a problem."""
+        """Say what would keep such a job from running here, one sentence a problem."""
         ...
 
     def launch(self, request: LaunchRequest) -> Launched:
@@ -260,5 +263,3 @@ class Backend(Protocol):
     def logs(self, handle: Handle, task_index: int, tail: int) -> Iterator[str]:
         """Yield the last `tail` lines that a task wrote, oldest first, without line ends."""
         ...
-
-
