@@ -19,6 +19,7 @@ __all__ = [
     "FINAL_CHUNK",
     "LIVE_EXECUTION",
     "BatchState",
+    "CancelKind",
     "ChunkState",
     "Edge",
     "ExecutionState",
@@ -123,6 +124,28 @@ class Outcome(StrEnum):
 
     CANCELLED = "cancelled"
     """Stopped by a cancel: ours, or one made in the provider's console."""
+
+
+class CancelKind(StrEnum):
+    """What asked for the end of an execution; written before the call, it beats the provider."""
+
+    OPERATOR = "operator"
+    """Somebody cancelled the batch."""
+
+    BATCH_DEADLINE = "batch_deadline"
+    """The batch's `deadline` passed."""
+
+    TIMEOUT = "timeout"
+    """The execution ran past its deadline, which the provider should have enforced."""
+
+    START_TIMEOUT = "start_timeout"
+    """No task of it started within the job's `start_timeout`."""
+
+    INVALID = "invalid"
+    """The job that the batch keeps cannot be run with this code and configuration."""
+
+    STRAY = "stray"
+    """It runs and no open attempt belongs to it."""
 
 
 FINAL_BATCH: Final = frozenset({BatchState.SUCCEEDED, BatchState.FAILED, BatchState.CANCELLED})

@@ -1,0 +1,1 @@
+"""The Celery side: an application, three small tasks, and the clock that each worker runs."""

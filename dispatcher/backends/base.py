@@ -180,6 +180,8 @@ class TaskReport:
 
     started_at: datetime | None = None
     ended_at: datetime | None = None
+    result_uri: str | None = None
+    """Where its result lies, if it wrote one to DISPATCH_RESULT_URI."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +258,8 @@ class Backend(Protocol):
         """
         ...
 
-    def strays(self, since: datetime) -> Iterable[Launched]:
-        """List what runs there under this installation's label and was started since then."""
+    def strays(self, instance: str, since: datetime) -> Iterable[Launched]:
+        """List what runs there now for an installation and was started since then."""
         ...
 
     def logs(self, handle: Handle, task_index: int, tail: int) -> Iterator[str]:

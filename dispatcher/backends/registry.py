@@ -1,0 +1,83 @@
+"""Which kinds of backend there are, by name.
+
+A backend's module is imported when a target first names it, so that one that is not used needs no
+package. Other distributions add theirs under the entry point group `dispatcher.backends`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Final, cast
+
+from pydantic import BaseModel
+
+from dispatcher.backends.base import Backend
+from dispatcher.errors import ConfigurationError
+from dispatcher.problems import choices
+
+if TYPE_CHECKING:
+    from dispatcher.config import Target
+
+__all__ = ["BACKENDS", "ENTRY_POINTS", "backend_class", "known_backends", "make_backend"]
+
+BACKENDS: Final[dict[str, str]] = {
+    "local": "dispatcher.backends.local:LocalBackend",
+    "null": "dispatcher.testing:NullBackend",
+}
+"""Name → "module:class" of the backends that come with this package."""
+
+ENTRY_POINTS: Final = "dispatcher.backends"
+
+
+def known_backends() -> tuple[str, ...]:
+    """Name every backend that is installed here, our own and those of entry points."""
+    return tuple(sorted({*BACKENDS, *entry_points(group=ENTRY_POINTS).names}))
+
+
+def backend_class(name: str) -> type[Backend]:
+    """Import the backend of this name.
+
+    Raises:
+        ConfigurationError: there is none, or a package that it needs is not installed.
+    """
+    found = _entry_point(name)
+    if found is None:
+        raise ConfigurationError(
+            f'"{name}" is no known backend; known: {choices(name, known_backends())}'
+        )
+    try:
+        return cast("type[Backend]", getattr(import_module(found.module), found.attr))
+    except ImportError as error:
+        raise ConfigurationError(
+            f'the backend "{name}" cannot be imported ({error}); '
+            f"to install what it needs: pip install '{_requirement(found)}'"
+        ) from error
+    except AttributeError as error:
+        raise ConfigurationError(
+            f'the backend "{name}" is registered as {found.value}, which does not exist ({error}); '
+            "mend the registration"
+        ) from error
+
+
+def make_backend(target: Target) -> Backend:
+    """Make the backend of a target; nothing is connected yet.
+
+    Raises:
+        ConfigurationError: as `backend_class`.
+    """
+    # The protocol says how a backend is made in words only; a class has no typed `__init__` there.
+    make = cast("Callable[[str, BaseModel], Backend]", backend_class(target.backend))
+    return make(target.name, target.settings)
+
+
+def _entry_point(name: str) -> EntryPoint | None:
+    if name in BACKENDS:
+        return EntryPoint(name, BACKENDS[name], ENTRY_POINTS)
+    return next(iter(entry_points(group=ENTRY_POINTS, name=name)), None)
+
+
+def _requirement(found: EntryPoint) -> str:
+    # Our own extras are named as their backends; another distribution knows its own needs.
+    return f"dispatcher[{found.name}]" if found.dist is None else found.dist.name

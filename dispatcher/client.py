@@ -1,0 +1,462 @@
+"""The public door for applications: enqueue a batch, watch it, wait for it, cancel or retry it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from itertools import chain
+from typing import Any, Final, Self
+
+import sqlalchemy as sa
+
+from dispatcher import queries, schema
+from dispatcher.config import Config, Settings, load_config, load_settings
+from dispatcher.engine import again, end_finished_batches
+from dispatcher.errors import (
+    ConfigurationError,
+    IdempotencyConflict,
+    InvalidInput,
+    InvalidItems,
+    NotAllowed,
+    UnknownBatch,
+    WaitTimeout,
+)
+from dispatcher.items import ItemsDigest, Page, is_uri, open_items, pages
+from dispatcher.job import Chunking, Job
+from dispatcher.queries import BatchView, Chunk, Event, Output
+from dispatcher.states import BatchState, CancelKind, ChunkState
+from dispatcher.storage import check_uri
+from dispatcher.store import NewBatch, Store, new_batch_id
+from dispatcher.wake import PLAN, Waker
+
+__all__ = ["Batch", "Dispatcher"]
+
+LONGEST_KEY: Final = 200
+LONGEST_LABEL: Final = 63
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(BatchView):
+    """A batch as it was when it was read, and the verbs for it."""
+
+    dispatcher: Dispatcher = field(kw_only=True, repr=False, compare=False)
+
+    def refresh(self) -> Batch:
+        """Read it again."""
+        return self.dispatcher.get(self.id)
+
+    def wait(self, timeout: float | timedelta | None = None) -> Batch:
+        """Wait until it is in a final state. See `Dispatcher.wait`."""
+        return self.dispatcher.wait(self.id, timeout)
+
+    def cancel(self, reason: str = "cancelled by the application") -> Batch:
+        """Ask for its end. See `Dispatcher.cancel`."""
+        return self.dispatcher.cancel(self.id, reason)
+
+
+class Dispatcher:
+    """The queue, as an application sees it.
+
+    Works from any thread, in a script, in a web process and inside other Celery tasks; it holds a
+    small connection pool and keeps no other state. After a fork it opens connections of its own.
+
+    Args:
+        settings: Read from `DISPATCHER_*` where not given.
+        config: The jobs and targets; read from the settings' `jobs` where not given.
+        overrides: Single settings, such as `database_url=…`, over the environment's.
+
+    Raises:
+        ConfigurationError: a setting is missing or wrong.
+    """
+
+    def __init__(
+        self, settings: Settings | None = None, *, config: Config | None = None, **overrides: Any
+    ) -> None:
+        self.settings = settings or load_settings(**overrides)
+        self._config = config
+        self._pid = os.getpid()
+        self._checked = False
+        self._engine = schema.create_engine(
+            self.settings.database_url, pool_size=self.settings.pool_size
+        )
+        self._store = Store(self._engine, actor=self.settings.actor)
+        self._waker = Waker(self.settings.broker_url)
+
+    def close(self) -> None:
+        """Send the last taps and close the connections."""
+        self._waker.close()
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def store(self) -> Store:
+        """The tables, checked once to be of a version that this code understands."""
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._engine.dispose(close=False)
+            self._waker = Waker(self.settings.broker_url)
+        if not self._checked:
+            with self._store.transaction() as tx:
+                schema.check(tx)
+            self._checked = True
+        return self._store
+
+    @property
+    def config(self) -> Config:
+        """The jobs and targets.
+
+        Raises:
+            ConfigurationError: there is no source for them, or something in it is wrong.
+        """
+        if self._config is None:
+            if self.settings.jobs is None:
+                raise ConfigurationError(
+                    "no jobs are configured: set DISPATCHER_JOBS to a YAML file or a Python module"
+                )
+            self._config = load_config(self.settings.jobs)
+        return self._config
+
+    # ---------------------------------------------------------------- enqueue
+
+    def enqueue(
+        self,
+        job: str | Job,
+        items: Iterable[Any] | str | os.PathLike[str] | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        key: str | None = None,
+        priority: int | None = None,
+        chunk_size: int | None = None,
+        connection: sa.Connection | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Batch:
+        """Ask for a job to be run over items.
+
+        Args:
+            job: The name of a configured job, or a job.
+            items: A list or any iterable of JSON values (streamed), the path of a `.jsonl`, `.csv`
+                or `.txt` file (copied now), a `file://`, `s3://` or `gs://` URI (read when the
+                batch is planned), or None where the job has an item source.
+            params: Checked against the job's schema.
+            key: Idempotency key: the same key and request give the same batch, however often.
+            priority: Over the job's own; the higher is launched first.
+            chunk_size: Items a chunk, over the job's own chunking.
+            connection: A SQLAlchemy connection in a transaction of the caller's: the batch exists
+                exactly if the caller commits.
+            labels: Added to the job's.
+
+        Returns:
+            The batch, or the one that the key already has.
+
+        Raises:
+            InvalidInput: with the class that says what is wrong: UnknownJob, InvalidItems,
+                IdempotencyConflict, ConfigurationError.
+            Unreachable: the database does not answer; nothing was written.
+        """
+        job = self._job(job, priority, chunk_size)
+        _check_key(key)
+        params = job.check_params(params)
+        merged = _check_labels({**job.labels, **(labels or {})})
+        if connection is not None and not isinstance(connection, sa.Connection):
+            raise InvalidInput(
+                f"connection is a {type(connection).__name__}; it must be a sqlalchemy.Connection: "
+                "of a Session, pass session.connection()"
+            )
+        source, stream = _items_from(job, items)
+        store = self.store
+        paged = pages(stream)
+        try:
+            head = [page for page, _ in zip(paged, range(2), strict=False)]
+            request = {
+                "job": job.name,
+                "items": source,
+                "params": params,
+                "chunk": job.chunk.model_dump(mode="json", exclude_none=True),
+            }
+            new = NewBatch(
+                id=new_batch_id(),
+                key=key,
+                request="{}",
+                job_name=job.name,
+                job=job.model_dump_json(exclude_defaults=True),
+                target=job.target,
+                params=json.dumps(params),
+                labels=json.dumps(merged),
+                priority=job.priority,
+                items_from="pages" if source is None else source,
+                actor=self.settings.actor,
+                deadline=job.deadline,
+                max_failed_chunks=job.success.max_failed_chunks,
+            )
+            if connection is not None:
+                batch_id = _write(store, connection, new, request, head, paged)
+                return self._batch(queries.read_batch(store, connection, batch_id))
+            with store.transaction() as tx:
+                batch_id = _write(store, tx, new, request, head, paged)
+                view = queries.read_batch(store, tx, batch_id)
+        finally:
+            stream.close()
+        self._waker.tap(PLAN, batch_id=batch_id)
+        return self._batch(view)
+
+    def _job(self, job: str | Job, priority: int | None, chunk_size: int | None) -> Job:
+        """Find the job, with what this call changes of it."""
+        found = self.config.job(job) if isinstance(job, str) else job
+        changes: dict[str, Any] = {}
+        if priority is not None:
+            changes["priority"] = priority
+        if chunk_size is not None:
+            if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+                raise InvalidInput(f"chunk_size is {chunk_size!r}; it must be a number from 1 up")
+            changes["chunk"] = Chunking(size=chunk_size)
+        return found.model_copy(update=changes) if changes else found
+
+    # ---------------------------------------------------------------- watch
+
+    def _batch(self, view: BatchView) -> Batch:
+        fields = {name: getattr(view, name) for name in BatchView.__dataclass_fields__}
+        return Batch(**fields, dispatcher=self)
+
+    def find(self, prefix: str) -> str:
+        """Complete a shortened batch id.
+
+        Raises:
+            UnknownBatch: none, or more than one, begins with it.
+        """
+        return queries.find_batch(self.store, prefix)
+
+    def get(self, batch_id: str) -> Batch:
+        """Read a batch.
+
+        Raises:
+            UnknownBatch: there is none.
+        """
+        return self._batch(queries.get_batch(self.store, batch_id))
+
+    def batches(
+        self,
+        *,
+        job: str | None = None,
+        state: BatchState | str | None = None,
+        since: datetime | None = None,
+        label: tuple[str, str] | None = None,
+        limit: int = 20,
+    ) -> list[Batch]:
+        """List batches, newest first."""
+        try:
+            wanted = None if state is None else BatchState(state)
+        except ValueError:
+            allowed = ", ".join(BatchState)
+            raise InvalidInput(f'state is "{state}"; it must be one of {allowed}') from None
+        found = queries.batches(
+            self.store, job=job, state=wanted, since=since, label=label, limit=limit
+        )
+        return [self._batch(view) for view in found]
+
+    def chunks(
+        self, batch_id: str, *, states: Iterable[ChunkState] | None = None, items: bool = False
+    ) -> Iterator[Chunk]:
+        """Read the chunks of a batch with their attempts, by index."""
+        wanted = None if states is None else list(states)
+        return queries.chunks(self.store, batch_id, states=wanted, items=items)
+
+    def events(self, batch_id: str, chunk_index: int | None = None) -> Iterator[Event]:
+        """Read the audit of a batch, or of one of its chunks, in order."""
+        return queries.events(self.store, batch_id=batch_id, chunk_index=chunk_index)
+
+    def outputs(self, batch_id: str) -> Iterator[Output]:
+        """Read where the chunks that succeeded left their results, by chunk."""
+        return queries.outputs(self.store, batch_id)
+
+    def wait(self, batch_id: str, timeout: float | timedelta | None = None) -> Batch:
+        """Wait until a batch is in a final state.
+
+        Args:
+            batch_id: The batch.
+            timeout: Seconds; None waits as long as it takes. Every batch ends at its deadline.
+
+        Raises:
+            WaitTimeout: it was not final in time; it goes on.
+            UnknownBatch: there is none.
+        """
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        end = None if seconds is None else time.monotonic() + seconds
+        pause = 0.05
+        while True:
+            state = queries.get_state(self.store, batch_id)
+            if state not in (BatchState.PLANNING, BatchState.RUNNING):
+                return self.get(batch_id)
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                raise WaitTimeout(f"batch {batch_id} is still {state} after {seconds:g} s")
+            time.sleep(pause if left is None else min(pause, left))
+            pause = min(1.0, pause * 1.5)
+
+    # ---------------------------------------------------------------- cancel and retry
+
+    def cancel(self, batch_id: str, reason: str = "cancelled by the application") -> Batch:
+        """Ask for the end of a batch.
+
+        What waits ends at once; what runs is stopped at the provider again and again until that is
+        confirmed, and only then the batch is `cancelled`. A batch that is final stays as it is.
+
+        Raises:
+            UnknownBatch: there is none.
+        """
+        store = self.store
+
+        def step() -> BatchState | None:
+            with store.transaction() as tx:
+                state = store.request_cancel(tx, batch_id, CancelKind.OPERATOR, reason)
+                if state is BatchState.RUNNING:
+                    end_finished_batches(store, tx, [batch_id])
+                return state
+
+        if again(step) is None:
+            raise UnknownBatch(f'no batch "{batch_id}"; `dispatcher batches` lists them')
+        return self.get(batch_id)
+
+    def retry(self, batch_id: str, *, failed_only: bool = True) -> Batch:
+        """Reopen a final batch: what did not succeed is due again, with fresh budgets.
+
+        Args:
+            batch_id: The batch.
+            failed_only: False runs every chunk again.
+
+        Raises:
+            UnknownBatch: there is none.
+            NotAllowed: it is not final, or there is nothing to retry.
+        """
+        store = self.store
+
+        def step() -> tuple[BatchState, int] | None:
+            with store.transaction() as tx:
+                kept = store.jobs(tx, [batch_id]).get(batch_id)
+                if kept is None:
+                    return None
+                return store.retry(
+                    tx,
+                    batch_id,
+                    failed_only=failed_only,
+                    actor=self.settings.actor,
+                    deadline=Job.model_validate(kept[0]).deadline,
+                )
+
+        found = again(step)
+        if found is None:
+            raise UnknownBatch(f'no batch "{batch_id}"; `dispatcher batches` lists them')
+        state, count = found
+        if state in (BatchState.PLANNING, BatchState.RUNNING):
+            raise NotAllowed(
+                f"batch {batch_id} is {state}: failed chunks are retried by its policy while it "
+                "runs; wait for its end, or cancel it first"
+            )
+        if not count:
+            raise NotAllowed(f"batch {batch_id} is {state} and has no chunk to retry")
+        self._waker.tap(PLAN, batch_id=batch_id)
+        return self.get(batch_id)
+
+
+def _check_key(key: str | None) -> None:
+    if key is None:
+        return
+    if not isinstance(key, str) or not 1 <= len(key) <= LONGEST_KEY or "\0" in key:
+        raise InvalidInput(
+            f"key is {str(key)[:40]!r}; it must be a text of 1 to {LONGEST_KEY} characters"
+        )
+
+
+def _check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    for name, value in labels.items():
+        for text in (name, value):
+            if not isinstance(text, str) or len(text) > LONGEST_LABEL or "\0" in text:
+                raise InvalidInput(
+                    f"label {name!r} is {value!r}; names and values must be texts of at most "
+                    f"{LONGEST_LABEL} characters"
+                )
+    return dict(labels)
+
+
+def _items_from(job: Job, items: object) -> tuple[str | None, Any]:
+    """Say where the items come from: pages (None) with their stream, a source, or a URI."""
+    if items is None:
+        if job.items is None:
+            raise InvalidItems(
+                f'job "{job.name}" has no item source: give items, or set items.source in the job'
+            )
+        return "source", open_items([])
+    if isinstance(items, str) and is_uri(items):
+        check_uri(items)
+        return items, open_items([])
+    return None, open_items(items)
+
+
+def _write(
+    store: Store,
+    tx: sa.Connection,
+    new: NewBatch,
+    request: dict[str, Any],
+    head: list[Page],
+    rest: Iterator[Page],
+) -> str:
+    """Write the batch, or find the one that has its key; the id of either."""
+    digest = ItemsDigest()
+    first = head[0] if head else None
+    if len(head) <= 1:
+        if first is not None:
+            digest.update(first)
+        request = _with_digest(request, digest)
+        new = replace(new, request=json.dumps(request))
+        # One statement writes it all.
+        if store.insert_batch(tx, new, first.count if first else 0, first.json if first else None):
+            return new.id
+        return _match(store, tx, new.key or "", request)
+    inserted = store.insert_batch(tx, new, head[0].count, head[0].json)
+    for number, page in enumerate(chain(head, rest)):
+        digest.update(page)
+        if inserted and number:
+            store.insert_page(tx, new.id, number, page.count, page.json)
+    request = _with_digest(request, digest)
+    if not inserted:
+        return _match(store, tx, new.key or "", request)
+    store.set_request(tx, new.id, json.dumps(request))
+    return new.id
+
+
+def _match(store: Store, tx: sa.Connection, key: str, request: dict[str, Any]) -> str:
+    """Find the batch that has a key, and insist that it was the same request."""
+    found = store.request_of_key(tx, key)
+    if found is None:
+        raise NotAllowed(f'the batch of key "{key}" was removed at this moment; try again')
+    batch_id, theirs = found
+    differing = [
+        f"{name} there is {_shown(theirs.get(name))}, here {_shown(mine)}"
+        for name, mine in request.items()
+        if mine != theirs.get(name)
+    ]
+    if differing:
+        raise IdempotencyConflict(
+            f'key "{key}" belongs to batch {batch_id}, a different request: '
+            f"{'; '.join(differing)}. Use another key for another request"
+        )
+    return batch_id
+
+
+def _with_digest(request: dict[str, Any], digest: ItemsDigest) -> dict[str, Any]:
+    if request["items"] is not None:
+        return request
+    return {**request, "items": f"{digest.count} items, sha256 {digest.hexdigest()}"}
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:99] + "…"  # noqa: PLR2004 - a line for people

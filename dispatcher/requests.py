@@ -1,0 +1,137 @@
+"""From rows to the request of a launch. Pure: the same rows give the same request, to the byte.
+
+That is what lets any worker repeat a launch that another one meant, under the same key.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from math import ceil
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from dispatcher.backends.base import Backend, LaunchRequest, TaskInput
+from dispatcher.job import Job
+from dispatcher.redaction import redact_env
+from dispatcher.templating import Values, render, uses_chunk
+
+__all__ = ["Plan", "audit_copy", "launch_request", "new_key"]
+
+ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the chunks of one batch are launched: its job read against the backend of its target."""
+
+    batch_id: str
+    job: Job
+    params: Mapping[str, Any]
+    labels: Mapping[str, str]
+    options: BaseModel
+    max_tasks: int
+    """Chunks that one execution may hold."""
+
+    parallelism: int
+    """Tasks of one execution that run at once, at most."""
+
+    @classmethod
+    def read(
+        cls,
+        batch_id: str,
+        job: Job,
+        params: Mapping[str, Any],
+        labels: Mapping[str, str],
+        backend: Backend,
+    ) -> Plan:
+        """Read a batch's job against a backend.
+
+        Raises:
+            pydantic.ValidationError: the job's options do not fit the backend.
+        """
+        options = backend.Options.model_validate(job.options)
+        most = min(backend.limits.max_tasks, getattr(options, "max_tasks", None) or 1)
+        if not backend.limits.per_task_env and any(map(uses_chunk, (*job.args, *job.env.values()))):
+            most = 1
+        parallelism = min(most, getattr(options, "parallelism", None) or most)
+        return cls(batch_id, job, params, labels, options, most, parallelism)
+
+    def times(self, tasks: int) -> tuple[timedelta, timedelta]:
+        """Say how long an execution may take to start, and from there to end."""
+        return self.job.start_timeout, self.job.timeout * ceil(tasks / self.parallelism) + SLACK
+
+
+SLACK: Final = timedelta(seconds=30)
+"""What a provider gets on top of `timeout` to stop a task by itself before we cancel."""
+
+
+def new_key(batch_id: str) -> str:
+    """Make the key of an execution: unique for ever, and a legal name at every provider."""
+    return f"d-{batch_id}-{''.join(secrets.choice(ALPHABET) for _ in range(8))}"
+
+
+def launch_request(
+    plan: Plan,
+    key: str,
+    instance: str,
+    chunks: Sequence[tuple[int, int]],
+    items: Mapping[int, str],
+) -> LaunchRequest:
+    """Write the request of an execution over chunks, given as (index, attempt number)."""
+    tasks = []
+    for place, (index, number) in enumerate(chunks):
+        values = Values(
+            items=items[index],
+            params=plan.params,
+            chunk_index=index,
+            attempt=number,
+            batch_id=plan.batch_id,
+        )
+        tasks.append(
+            TaskInput(
+                index=place,
+                chunk_index=index,
+                attempt=number,
+                items=items[index],
+                args=tuple(render(text, values) for text in plan.job.args),
+                env={name: render(text, values) for name, text in plan.job.env.items()},
+            )
+        )
+    return LaunchRequest(
+        key=key,
+        instance=instance,
+        batch_id=plan.batch_id,
+        job=plan.job.name,
+        command=plan.job.command,
+        tasks=tuple(tasks),
+        options=plan.options,
+        timeout=plan.job.timeout,
+        parallelism=min(plan.parallelism, len(tasks)),
+        labels=plan.labels,
+    )
+
+
+def audit_copy(request: LaunchRequest) -> str:
+    """Write what is asked of the provider as JSON for the audit, secrets redacted.
+
+    The items are not repeated: they stay with their chunks. Args and env are those of the first
+    task; the others differ in what their templates took from their chunk.
+    """
+    first = request.tasks[0]
+    return json.dumps(
+        {
+            "command": list(request.command),
+            "args": list(first.args),
+            "env": redact_env(first.env),
+            "options": request.options.model_dump(mode="json", exclude_defaults=True),
+            "tasks": len(request.tasks),
+            "parallelism": request.parallelism,
+            "timeout": request.timeout.total_seconds(),
+        },
+        ensure_ascii=False,
+    ).replace("\\u0000", "")

@@ -1,0 +1,530 @@
+"""The tables, their constraints, and the version of the database.
+
+What a row means is said here, beside its column; how rows move is in `store.py`. The database
+itself refuses nonsense: states and outcomes are the words of `states.py`, a finishing time is there
+exactly in final states, a chunk has at most one open attempt, and an event can be neither changed
+nor deleted. `migrations/` builds the same tables step by step; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.dialects.postgresql import JSON
+
+from dispatcher.errors import SchemaMismatch, Unreachable
+from dispatcher.states import (
+    FINAL_BATCH,
+    FINAL_CHUNK,
+    LIVE_EXECUTION,
+    BatchState,
+    CancelKind,
+    ChunkState,
+    ExecutionState,
+    Outcome,
+)
+
+__all__ = [
+    "CODE_VERSION",
+    "SCHEMA",
+    "check",
+    "create_engine",
+    "downgrade",
+    "head",
+    "metadata",
+    "revision",
+    "upgrade",
+]
+
+SCHEMA: Final = "dispatcher"
+"""All tables live in a Postgres schema of their own, so that none meets an application's table."""
+
+CODE_VERSION: Final = 1
+"""Raised when rows change their meaning. A worker of an older version than the database's
+`installation.oldest_code` refuses to start, and one leaves rows of a newer version alone."""
+
+OPEN_CHUNK: Final = tuple(s for s in ChunkState if s not in FINAL_CHUNK)
+
+metadata = sa.MetaData(
+    schema=SCHEMA,
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "ck": "%(table_name)s_%(constraint_name)s",
+        "uq": "%(table_name)s_%(column_0_name)s_key",
+    },
+)
+
+
+def _words(values: Iterable[StrEnum]) -> str:
+    return ", ".join(f"'{value}'" for value in sorted(values))
+
+
+def _one_of(column: str, values: Iterable[StrEnum]) -> sa.CheckConstraint:
+    return sa.CheckConstraint(f"{column} IN ({_words(values)})", name=column)
+
+
+def _finished(states: Iterable[StrEnum]) -> sa.CheckConstraint:
+    return sa.CheckConstraint(
+        f"(finished_at IS NOT NULL) = (state IN ({_words(states)}))", name="finished"
+    )
+
+
+def _time(name: str, *, nullable: bool = True) -> sa.Column[object]:
+    return sa.Column(name, sa.TIMESTAMP(timezone=True), nullable=nullable)
+
+
+installation = sa.Table(
+    "installation",
+    metadata,
+    sa.Column("one", sa.Boolean, primary_key=True, server_default=sa.text("true")),
+    sa.Column("instance", sa.Text, nullable=False, comment="names this installation at providers"),
+    sa.Column("oldest_code", sa.Integer, nullable=False, comment="the oldest code it supports"),
+    sa.CheckConstraint("one", name="single_row"),
+)
+
+batch = sa.Table(
+    "batch",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("key", sa.Text, unique=True, comment="the caller's idempotency key"),
+    sa.Column("request", JSON, nullable=False, comment="what a second use of the key must match"),
+    sa.Column("job_name", sa.Text, nullable=False),
+    sa.Column("job", JSON, nullable=False, comment="the job as it was when enqueued"),
+    sa.Column("code_version", sa.Integer, nullable=False, comment="the code that wrote the job"),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("params", JSON, nullable=False),
+    sa.Column("labels", JSON, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False, comment="higher is launched first"),
+    sa.Column("items_from", sa.Text, nullable=False, comment="pages, source or a URI"),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, comment="why it ended as it did"),
+    sa.Column("actor", sa.Text, nullable=False, comment="who enqueued it"),
+    _time("created_at", nullable=False),
+    _time("planned_at"),
+    _time("deadline", nullable=False),
+    _time("finished_at"),
+    sa.Column("item_count", sa.BigInteger),
+    sa.Column("chunk_count", sa.Integer),
+    sa.Column("max_failed_chunks", sa.Integer, nullable=False),
+    _time("cancel_requested_at"),
+    sa.Column("cancel_kind", sa.Text, comment="what asked for its end"),
+    sa.Column("cancel_reason", sa.Text),
+    sa.Column("plan_tries", sa.Integer, nullable=False, server_default=sa.text("0")),
+    _time("plan_after"),
+    _one_of("state", BatchState),
+    _finished(FINAL_BATCH),
+    sa.CheckConstraint(
+        "(cancel_requested_at IS NULL) = (cancel_kind IS NULL)", name="cancel_has_kind"
+    ),
+    sa.CheckConstraint(
+        "cancel_kind IN ('batch_deadline', 'invalid', 'operator')", name="cancel_kind"
+    ),
+    sa.Index(
+        "batch_live",
+        "target",
+        sa.text("priority DESC"),
+        "created_at",
+        postgresql_where=sa.text("state = 'running'"),
+    ),
+    sa.Index("batch_unplanned", "created_at", postgresql_where=sa.text("state = 'planning'")),
+    sa.Index("batch_recent", sa.text("created_at DESC"), "id"),
+    sa.Index(
+        "batch_deadline",
+        "deadline",
+        postgresql_where=sa.text(
+            "state IN ('planning', 'running') AND cancel_requested_at IS NULL"
+        ),
+    ),
+)
+
+item_page = sa.Table(
+    "item_page",
+    metadata,
+    sa.Column(
+        "batch_id",
+        sa.Text,
+        sa.ForeignKey("dispatcher.batch.id", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("count", sa.Integer, nullable=False),
+    sa.Column("items", JSON, nullable=False, comment="one JSON array, see items.join_items"),
+    sa.PrimaryKeyConstraint("batch_id", "number"),
+    comment="what the caller of enqueue gave, until it is planned",
+)
+
+chunk = sa.Table(
+    "chunk",
+    metadata,
+    sa.Column(
+        "batch_id",
+        sa.Text,
+        sa.ForeignKey("dispatcher.batch.id", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    sa.Column("index", sa.Integer, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("size", sa.Integer, nullable=False, comment="items in it"),
+    sa.Column("weight", sa.Double, comment="sum of the field it was balanced by"),
+    sa.Column(
+        "attempts", sa.Integer, nullable=False, server_default=sa.text("0"), comment="last number"
+    ),
+    sa.Column(
+        "budget_from",
+        sa.Integer,
+        nullable=False,
+        server_default=sa.text("0"),
+        comment="attempts up to this number cost nothing: an operator's retry forgave them",
+    ),
+    _time("due_at", nullable=False),
+    _time("hold_until"),
+    sa.Column("outcome", sa.Text, comment="of its last ended attempt"),
+    sa.Column("reason", sa.Text, comment="why it is where it is"),
+    _time("finished_at"),
+    sa.PrimaryKeyConstraint("batch_id", "index"),
+    _one_of("state", ChunkState),
+    _one_of("outcome", Outcome),
+    _finished(FINAL_CHUNK),
+    sa.Index("chunk_state", "batch_id", "state"),
+    sa.Index(
+        "chunk_due",
+        "batch_id",
+        "due_at",
+        "index",
+        postgresql_where=sa.text("state = 'pending'"),
+    ),
+    sa.Index(
+        "chunk_open",
+        "batch_id",
+        postgresql_where=sa.text(f"state IN ({_words(OPEN_CHUNK)})"),
+    ),
+)
+
+chunk_items = sa.Table(
+    "chunk_items",
+    metadata,
+    sa.Column(
+        "batch_id",
+        sa.Text,
+        sa.ForeignKey("dispatcher.batch.id", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    sa.Column("chunk_index", sa.Integer, nullable=False),
+    sa.Column("items", JSON, nullable=False, comment="one JSON array, see items.join_items"),
+    sa.PrimaryKeyConstraint("batch_id", "chunk_index"),
+    comment="apart from chunk, whose rows are rewritten at each move",
+)
+
+execution = sa.Table(
+    "execution",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("key", sa.Text, nullable=False, unique=True, comment="its name at the provider"),
+    sa.Column("target", sa.Text, nullable=False),
+    sa.Column("batch_id", sa.Text, comment="null for a stray of an unknown batch"),
+    sa.Column("job_name", sa.Text),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("stray", sa.Boolean, nullable=False, server_default=sa.text("false")),
+    sa.Column("tasks", sa.Integer, nullable=False),
+    sa.Column("open_tasks", sa.Integer, nullable=False),
+    sa.Column("parallelism", sa.Integer, nullable=False),
+    sa.Column("request", JSON, comment="what was asked of the provider; secrets redacted"),
+    sa.Column("worker", sa.Text, comment="who made the last launch call"),
+    sa.Column("handle", sa.Text),
+    sa.Column("console_url", sa.Text),
+    sa.Column("logs_url", sa.Text),
+    _time("intent_at", nullable=False),
+    sa.Column(
+        "calls", sa.Integer, nullable=False, server_default=sa.text("0"), comment="launch calls"
+    ),
+    _time("call_by"),
+    _time("next_call_at"),
+    sa.Column(
+        "looks", sa.Integer, nullable=False, server_default=sa.text("0"), comment="finds in a row"
+    ),
+    _time("next_look_at"),
+    _time("launched_at"),
+    _time("start_deadline"),
+    _time("started_at"),
+    _time("deadline"),
+    _time("absent_since"),
+    _time("cancel_requested_at"),
+    sa.Column("cancel_kind", sa.Text, comment="what asked for its end; beats the provider's word"),
+    _time("cancel_sent_at"),
+    _time("next_cancel_at"),
+    sa.Column("cancel_calls", sa.Integer, nullable=False, server_default=sa.text("0")),
+    _time("finished_at"),
+    sa.Column("reason", sa.Text),
+    _one_of("state", ExecutionState),
+    _finished([ExecutionState.ENDED]),
+    sa.CheckConstraint("open_tasks BETWEEN 0 AND tasks", name="open_tasks"),
+    sa.CheckConstraint("state <> 'launched' OR handle IS NOT NULL", name="launched_has_handle"),
+    sa.CheckConstraint("state <> 'ended' OR open_tasks = 0", name="ended_is_settled"),
+    sa.CheckConstraint(
+        f"cancel_kind IN ({_words(CancelKind)})",
+        name="cancel_kind",
+    ),
+    sa.CheckConstraint(
+        "(cancel_requested_at IS NULL) = (cancel_kind IS NULL)", name="cancel_has_kind"
+    ),
+    sa.Index(
+        "execution_live",
+        "target",
+        "state",
+        "id",
+        postgresql_where=sa.text(f"state IN ({_words(LIVE_EXECUTION)})"),
+    ),
+    sa.Index(
+        "execution_live_batch",
+        "batch_id",
+        postgresql_where=sa.text(f"state IN ({_words(LIVE_EXECUTION)})"),
+    ),
+    sa.Index(
+        "execution_live_job",
+        "job_name",
+        postgresql_where=sa.text(f"state IN ({_words(LIVE_EXECUTION)})"),
+    ),
+    sa.Index("execution_batch", "batch_id", "id"),
+)
+
+attempt = sa.Table(
+    "attempt",
+    metadata,
+    sa.Column("batch_id", sa.Text, nullable=False),
+    sa.Column("chunk_index", sa.Integer, nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column(
+        "execution_id",
+        sa.BigInteger,
+        sa.ForeignKey("dispatcher.execution.id", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    sa.Column("task_index", sa.Integer, nullable=False),
+    sa.Column("outcome", sa.Text, comment="null while it is open"),
+    sa.Column("exit_code", sa.Integer),
+    sa.Column("reason", sa.Text),
+    sa.Column("result_uri", sa.Text, comment="where the task says that its result lies"),
+    sa.Column("log_tail", sa.Text, comment="last lines of a task that ended badly"),
+    _time("opened_at", nullable=False),
+    _time("started_at"),
+    _time("ended_at"),
+    _time("settled_at"),
+    sa.PrimaryKeyConstraint("batch_id", "chunk_index", "number"),
+    _one_of("outcome", Outcome),
+    sa.CheckConstraint("(outcome IS NULL) = (settled_at IS NULL)", name="settled"),
+    sa.UniqueConstraint("execution_id", "task_index"),
+    sa.Index(
+        "attempt_open",
+        "batch_id",
+        "chunk_index",
+        unique=True,
+        postgresql_where=sa.text("outcome IS NULL"),
+    ),
+)
+
+event = sa.Table(
+    "event",
+    metadata,
+    sa.Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    _time("at", nullable=False),
+    sa.Column("actor", sa.Text, nullable=False, comment="a person, an application or a worker"),
+    sa.Column("kind", sa.Text, nullable=False, comment="what it is about"),
+    sa.Column("batch_id", sa.Text),
+    sa.Column("chunk_index", sa.Integer),
+    sa.Column("attempt", sa.Integer),
+    sa.Column("execution_id", sa.BigInteger),
+    sa.Column("old", sa.Text, comment="null where nothing moved"),
+    sa.Column("new", sa.Text, comment="null where nothing moved"),
+    sa.Column("reason", sa.Text),
+    sa.CheckConstraint(
+        "kind IN ('attempt', 'batch', 'chunk', 'execution', 'schedule', 'target')", name="kind"
+    ),
+    sa.Index("event_batch", "batch_id", "id"),
+    comment="append-only: triggers refuse UPDATE, DELETE and TRUNCATE; no foreign keys (retention)",
+)
+
+target = sa.Table(
+    "target",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("backend", sa.Text, nullable=False),
+    sa.Column("limits", JSON, nullable=False, comment="as its last leaseholder was configured"),
+    sa.Column("home", JSON, comment="the only machine that can serve it"),
+    sa.Column("lease_owner", sa.Text),
+    sa.Column("lease_token", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+    _time("lease_until"),
+    sa.Column("tokens", sa.Double, comment="left in the bucket of launch calls"),
+    _time("tokens_at"),
+    sa.Column(
+        "pace", sa.Double, nullable=False, server_default=sa.text("1"), comment="1 is the full rate"
+    ),
+    _time("down_since"),
+    sa.Column("down_reason", sa.Text),
+    sa.Column("down_calls", sa.Integer, nullable=False, server_default=sa.text("0")),
+    _time("resume_at"),
+    sa.CheckConstraint("pace > 0 AND pace <= 1", name="pace"),
+)
+
+worker = sa.Table(
+    "worker",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("version", sa.Text, nullable=False),
+    sa.Column("code_version", sa.Integer, nullable=False),
+    sa.Column("problems", JSON, nullable=False, comment="targets it cannot serve, and why"),
+    _time("started_at", nullable=False),
+    _time("heartbeat_at", nullable=False),
+    _time("stopped_at"),
+)
+
+schedule_firing = sa.Table(
+    "schedule_firing",
+    metadata,
+    sa.Column("schedule", sa.Text, nullable=False),
+    _time("due_at", nullable=False),
+    sa.Column("batch_id", sa.Text, comment="null where the firing was skipped"),
+    _time("fired_at", nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text),
+    sa.PrimaryKeyConstraint("schedule", "due_at"),
+)
+
+APPEND_ONLY: Final = (
+    """
+    CREATE FUNCTION dispatcher.refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        RAISE EXCEPTION 'events are append-only: % of dispatcher.event is refused', TG_OP
+            USING ERRCODE = 'restrict_violation';
+    END $$
+    """,
+    """
+    CREATE TRIGGER event_append_only BEFORE UPDATE OR DELETE ON dispatcher.event
+    FOR EACH ROW EXECUTE FUNCTION dispatcher.refuse_change()
+    """,
+    """
+    CREATE TRIGGER event_no_truncate BEFORE TRUNCATE ON dispatcher.event
+    FOR EACH STATEMENT EXECUTE FUNCTION dispatcher.refuse_change()
+    """,
+)
+"""What SQLAlchemy has no words for; the first migration runs it."""
+
+
+def create_engine(url: str, *, pool_size: int = 8) -> sa.Engine:
+    """Make the engine that everything of ours uses: UTC, short connect timeout, checked pool."""
+    return sa.create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_timeout=30,
+        pool_pre_ping=False,
+        pool_use_lifo=True,
+        connect_args={
+            "connect_timeout": 5,
+            "application_name": "dispatcher",
+            "options": "-c timezone=UTC -c idle_in_transaction_session_timeout=600000",
+        },
+    )
+
+
+def _migrations() -> Path:
+    """Find the migrations: inside an installed package, beside it in a checkout."""
+    installed = Path(__file__).parent / "_migrations"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "migrations"
+
+
+def _alembic(url: str) -> AlembicConfig:
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(_migrations()))
+    config.attributes["url"] = url
+    return config
+
+
+@functools.cache
+def head() -> str:
+    """Name the newest revision that this code knows."""
+    newest = ScriptDirectory(str(_migrations())).get_current_head()
+    if newest is None:
+        raise SchemaMismatch(f"no migrations in {_migrations()}; install the package again")
+    return newest
+
+
+def _known() -> frozenset[str]:
+    return frozenset(s.revision for s in ScriptDirectory(str(_migrations())).walk_revisions())
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Bring the database to this code's revision. Safe to repeat, and from two places at once.
+
+    Raises:
+        Unreachable: the database does not answer.
+    """
+    try:
+        command.upgrade(_alembic(url), revision)
+    except sa.exc.OperationalError as error:
+        raise Unreachable(unreachable(url, error)) from error
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Bring the database back to an older revision.
+
+    Raises:
+        Unreachable: the database does not answer.
+    """
+    try:
+        command.downgrade(_alembic(url), revision)
+    except sa.exc.OperationalError as error:
+        raise Unreachable(unreachable(url, error)) from error
+
+
+def unreachable(url: str, error: BaseException) -> str:
+    """Say that the database does not answer, without its password."""
+    shown = sa.make_url(url).render_as_string(hide_password=True)
+    cause = str(getattr(error, "orig", error)).strip().splitlines() or ["no reason given"]
+    return (
+        f"cannot reach the database at {shown}: {cause[0]}. "
+        "Is Postgres running, and is DISPATCHER_DATABASE_URL right?"
+    )
+
+
+def revision(connection: sa.Connection) -> str | None:
+    """Name the database's revision; None where nothing was ever migrated."""
+    return MigrationContext.configure(
+        connection, opts={"version_table_schema": SCHEMA}
+    ).get_current_revision()
+
+
+def check(connection: sa.Connection) -> None:
+    """Refuse to work on tables that this code does not understand.
+
+    A database ahead of the code is fine as long as it says that it still supports this code: so
+    workers of two versions run side by side during a deployment.
+
+    Raises:
+        SchemaMismatch: it is behind, or ahead and no longer supports this code.
+    """
+    found = revision(connection)
+    if found == head():
+        return
+    if found is None or found in _known():
+        raise SchemaMismatch(
+            f"the database is at revision {found or 'none'} and this code needs {head()}: "
+            "run `dispatcher db upgrade`"
+        )
+    oldest = connection.execute(sa.select(installation.c.oldest_code)).scalar_one()
+    if oldest > CODE_VERSION:
+        raise SchemaMismatch(
+            f"the database is at revision {found} and supports code version {oldest} or newer; "
+            f"this is version {CODE_VERSION}: install a newer dispatcher here"
+        )

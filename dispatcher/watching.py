@@ -1,0 +1,129 @@
+"""What the leaseholder of a target remembers between two looks: when to look at what again.
+
+Nothing here is needed for correctness. A new leaseholder starts with an empty memory, looks at
+everything once, and goes on.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from dispatcher.polling import LONGEST, SHORTEST, History, interval
+from dispatcher.store import ExecutionRow
+
+__all__ = ["Watch", "Watched"]
+
+
+@dataclass(slots=True)
+class Watched:
+    """A launched execution, as it is remembered. Times are of the engine's monotonic clock."""
+
+    id: int
+    handle: str
+    job: str | None
+    tasks: int
+    launched: float
+    next_look: float
+    started: bool
+    absent: float | None
+    settled: set[int] = field(default_factory=set)
+    """Task indexes that are settled; stays empty where there is one task."""
+
+
+class Watch:
+    """The launched executions of one target."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Watched] = {}
+        self._by_handle: dict[str, Watched] = {}
+        self._history: defaultdict[str | None, History] = defaultdict(History)
+        self._not_before = 0.0
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def keep(self, ids: Iterable[int]) -> list[int]:
+        """Forget what is no longer launched; return what is new."""
+        live = set(ids)
+        for gone in self._known.keys() - live:
+            self.forget(gone)
+        return sorted(live - self._known.keys())
+
+    def add(self, rows: Iterable[ExecutionRow], settled: dict[int, set[int]], now: float) -> None:
+        """Remember executions, to be looked at as their age says."""
+        for row in rows:
+            if row.handle is None or row.state != "launched":
+                continue
+            age = row.launched_age or 0.0
+            job = row.job_name
+            due = now + (0.0 if age > SHORTEST else interval(age, self._history[job].shortest()))
+            self._known[row.id] = self._by_handle[row.handle] = Watched(
+                row.id,
+                row.handle,
+                job,
+                row.tasks,
+                now - age,
+                due,
+                row.started,
+                None if row.absent_for is None else now - row.absent_for,
+                settled.get(row.id, set()),
+            )
+
+    def forget(self, execution_id: int) -> None:
+        """Drop an execution that has ended."""
+        gone = self._known.pop(execution_id, None)
+        if gone is not None:
+            self._by_handle.pop(gone.handle, None)
+
+    def ended(self, one: Watched, now: float) -> None:
+        """Learn from an execution that has ended, and drop it."""
+        self._history[one.job].add(now - one.launched)
+        self.forget(one.id)
+
+    def hurry(self, ids: Iterable[int], now: float) -> None:
+        """Look soon at executions whose end was asked for."""
+        for one in map(self._known.get, ids):
+            if one is not None:
+                one.next_look = min(one.next_look, now + SHORTEST)
+
+    def due(self, now: float, page_size: int) -> list[list[Watched]]:
+        """Name the executions to look at now, in pages; the last page is filled with the next ones.
+
+        A call costs the same for one as for a page, so the rest of a page is free.
+        """
+        if now < self._not_before:
+            return []
+        due = [one for one in self._known.values() if one.next_look <= now]
+        if not due:
+            return []
+        room = -len(due) % page_size
+        if room and len(due) < len(self._known):
+            waiting = (one for one in self._known.values() if one.next_look > now)
+            due += heapq.nsmallest(room, waiting, key=lambda one: one.next_look)
+        due.sort(key=lambda one: one.id)
+        return [due[at : at + page_size] for at in range(0, len(due), page_size)]
+
+    def seen(self, one: Watched, now: float, *, hurried: bool = False) -> None:
+        """Set the next look at an execution that still runs."""
+        wait = SHORTEST if hurried else interval(now - one.launched, self._shortest(one))
+        one.next_look = now + wait
+
+    def failed(self, page: Sequence[Watched], now: float, failures: int) -> None:
+        """Set the next look at a page that could not be read."""
+        wait = min(LONGEST, SHORTEST * 2 ** min(failures, 10))
+        for one in page:
+            one.next_look = now + wait
+
+    def pause(self, until: float) -> None:
+        """Make no round before then: the budget of calls is used up."""
+        self._not_before = until
+
+    def by_handle(self, handle: str) -> Watched | None:
+        """Find an execution by its handle."""
+        return self._by_handle.get(handle)
+
+    def _shortest(self, one: Watched) -> float | None:
+        return self._history[one.job].shortest()
