@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final, Self
 
 import sqlalchemy as sa
@@ -175,7 +175,7 @@ class Dispatcher:
         store = self.store
         paged = pages(stream)
         try:
-            head = [page for page, _ in zip(paged, range(2), strict=False)]
+            head = list(islice(paged, 2))
             request = {
                 "job": job.name,
                 "items": source,

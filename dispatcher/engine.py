@@ -49,7 +49,7 @@ from dispatcher.job import Job
 from dispatcher.judging import ASKED, judge, verdict
 from dispatcher.planning import Waiting, fair_shares, pack, plan_chunks
 from dispatcher.polling import page_interval
-from dispatcher.requests import Plan, audit_copy, launch_request, new_key
+from dispatcher.requests import Plan, audit_copy, check_chunk, launch_request, new_key
 from dispatcher.retrying import decide
 from dispatcher.states import CancelKind, ChunkState, Outcome
 from dispatcher.storage import read_items
@@ -226,6 +226,7 @@ class Engine:
         largest = place.backend.limits.max_payload_bytes
         texts = self._items(planning, job)
         for cut in plan_chunks(texts, job.chunk, max_payload_bytes=largest):
+            check_chunk(job, planning.batch_id, planning.params, cut.index, cut.items)
             rows.append((cut.index, cut.count, cut.weight, cut.items))
             items, chunks, size = items + cut.count, chunks + 1, size + cut.bytes
             if len(rows) == PLAN_ROWS or size > PLAN_BYTES:

@@ -76,10 +76,12 @@ def shown(value: Any, path: Path = ()) -> str:
     if value and _is_secret(path):
         return MASK
     try:
-        text = json.dumps(redact(value), ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
-        # No JSON, such as a date that YAML made, or a structure that holds itself.
+        value = redact(value)
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):  # no JSON, such as a date that YAML made
         text = repr(value)
+    except RecursionError:  # it holds itself
+        text = f"a {type(value).__name__} nested too deep to show"
     # Half of a surrogate pair would break whatever prints or stores the message.
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

@@ -89,7 +89,15 @@ _BATCH: Final = """
 
 
 def _batch(row: Sequence[Any]) -> BatchView:
-    return BatchView(*row[:4], BatchState(row[4]), *row[5:])
+    values = list(row)
+    values[4] = BatchState(values[4])
+    return BatchView(*values)
+
+
+def _attempt(row: Sequence[Any]) -> Attempt:
+    values = list(row)
+    values[2] = None if values[2] is None else Outcome(values[2])
+    return Attempt(*values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,8 +332,7 @@ def chunks(
                 id=batch_id,
                 indexes=[row[0] for row in rows],
             ):
-                outcome = None if try_[2] is None else Outcome(try_[2])
-                tries.setdefault(try_[0], []).append(Attempt(*try_[:2], outcome, *try_[3:]))
+                tries.setdefault(try_[0], []).append(_attempt(try_))
         for row in rows:
             yield Chunk(
                 row[0],

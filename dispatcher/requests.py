@@ -20,7 +20,7 @@ from dispatcher.job import Job
 from dispatcher.redaction import redact_env
 from dispatcher.templating import Values, render, uses_chunk
 
-__all__ = ["Plan", "audit_copy", "launch_request", "new_key"]
+__all__ = ["Plan", "audit_copy", "check_chunk", "launch_request", "new_key"]
 
 ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
 
@@ -114,6 +114,20 @@ def launch_request(
         parallelism=min(plan.parallelism, len(tasks)),
         labels=plan.labels,
     )
+
+
+def check_chunk(
+    job: Job, batch_id: str, params: Mapping[str, Any], index: int, items: str
+) -> None:
+    """Fill a chunk's templates once when it is planned, so that no launch can fail on them.
+
+    Raises:
+        InvalidInput: an item or a param does not fit the template that it goes into.
+    """
+    values = Values(items=items, params=params, chunk_index=index, attempt=1, batch_id=batch_id)
+    for text in (*job.args, *job.env.values()):
+        if "{" in text:
+            render(text, values)
 
 
 def audit_copy(request: LaunchRequest) -> str:

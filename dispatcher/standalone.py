@@ -30,9 +30,10 @@ from typing import IO, Final, Protocol, Self
 import psycopg
 
 from dispatcher import schema
-from dispatcher.config import load_config, standalone_file
+from dispatcher.config import load_config
 from dispatcher.errors import ConfigurationError, DispatcherError, InvalidInput, Unreachable
 from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey, leashed
+from dispatcher.settings import standalone_file
 
 __all__ = ["Standalone", "main", "run"]
 

@@ -450,7 +450,7 @@ class Store:
                     WHERE c.batch_id = b.id AND c.state = 'pending' AND c.due_at <= now()
                         AND (c.hold_until IS NULL OR c.hold_until <= now())
                     LIMIT :most
-                ) some
+                ) AS found
             ) d
             WHERE b.target = :target AND b.state = 'running' AND b.cancel_requested_at IS NULL
                 AND b.code_version <= :code_version AND d.due > 0

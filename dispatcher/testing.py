@@ -69,6 +69,7 @@ class Ending:
     """How long the provider takes before it starts it."""
 
     reason: str | None = None
+    result_uri: str | None = None
     output: tuple[str, ...] = ()
     """The lines that `logs` gives."""
 
@@ -151,6 +152,7 @@ class _Run:
             reason=ending.reason,
             started_at=_moment(self.start) if has_started else None,
             ended_at=_moment(self.end),
+            result_uri=ending.result_uri,
         )
 
 

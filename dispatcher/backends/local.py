@@ -69,8 +69,8 @@ LAUNCH_SECONDS: Final = 5.0
 LIMITS: Final = BackendLimits(
     max_tasks=1000,
     max_payload_bytes=64 * 1024 * 1024,
-    call_timeout=timedelta(seconds=10),
-    find_grace=timedelta(seconds=5),
+    call_timeout=timedelta(seconds=7),
+    find_grace=timedelta(seconds=2),
     absent_grace=timedelta(seconds=15),
     page_size=500,
     relaunch_safe=True,
@@ -393,7 +393,7 @@ class LocalBackend:
             answer = -1
             word = _hear(listen)
             try:
-                first.wait(timeout=LAUNCH_SECONDS)
+                first.wait(timeout=1)  # it ends when it has forked, before the word is heard
             except subprocess.TimeoutExpired:
                 first.kill()
                 first.wait()
@@ -554,15 +554,17 @@ def _report_unstarted(directory: Path, *, is_cancelled: bool) -> Report:
 
 
 def _ends(directory: Path, indexes: Iterable[int]) -> dict[int, TaskReport]:
+    """Read how tasks ended: those that did."""
     ends = {}
     for index in indexes:
         record = shim.read_json(f"{directory}/{index}/{shim.EXIT}")
         if record is not None:
-            ends[index] = _task_report(index, record)
+            result = directory / str(index) / shim.RESULT
+            ends[index] = _task_report(index, record, result.as_uri() if result.exists() else None)
     return ends
 
 
-def _task_report(index: int, record: Mapping[str, Any]) -> TaskReport:
+def _task_report(index: int, record: Mapping[str, Any], result_uri: str | None) -> TaskReport:
     code: int | None = record["exit_code"]
     number: int | None = record["signal"]
     reason: str | None = record["reason"]
@@ -579,6 +581,7 @@ def _task_report(index: int, record: Mapping[str, Any]) -> TaskReport:
         reason=reason,
         started_at=_moment(record["started_at"]),
         ended_at=_moment(record["ended_at"]),
+        result_uri=result_uri,
     )
 
 

@@ -53,7 +53,6 @@ def standalone() -> Iterator[dict[str, Any]]:
         *("--prepare", "python3 -m examples.export.make_shop"),
     ]
     told_in = STATE / "standalone.json"
-    # One that was killed may have left it; a living one keeps its own, and ours will not start.
     process = subprocess.Popen(
         leashed(command, at_death=signal.SIGTERM), start_new_session=True, stdin=subprocess.DEVNULL
     )
@@ -91,15 +90,13 @@ def follow(batch: Batch) -> None:
         bar = progress.add_task("chunks", total=None, counts="")
         while time.monotonic() < deadline:
             batch = batch.refresh()
-            counts = {state: number for state, number in batch.counts.items() if number}
-            total = sum(counts.values())
-            line = ", ".join(f"{number} {state}" for state, number in counts.items())
-            done = counts.get("succeeded", 0) + counts.get("failed", 0) + counts.get("cancelled", 0)
-            progress.update(bar, total=total or None, completed=done, counts=line)
+            line = ", ".join(f"{number} {state}" for state, number in sorted(batch.counts.items()))
+            done = round(batch.progress * (batch.chunk_count or 0))
+            progress.update(bar, total=batch.chunk_count, completed=done, counts=line)
             if not console.is_terminal and line != said:
                 console.print(f"  {batch.state}: {line or 'no chunks yet'}")
                 said = line
-            if batch.state in {"succeeded", "failed", "cancelled"}:
+            if batch.finished:
                 return
             time.sleep(LOOK_EVERY)
     sys.exit(f"the batch {batch.id} has not ended within {DONE_WITHIN:.0f} s")
@@ -109,8 +106,8 @@ def show_chunks(dispatcher: Dispatcher, batch: Batch) -> bool:
     """Print what became of each chunk; say whether the planned failure was seen and made good."""
     table = Table("chunk", "tables", "outcome", "attempts", "duration", title=f"batch {batch.id}")
     retried = False
-    for chunk in dispatcher.chunks(batch.id):
-        names = [item["table"] for item in chunk.items]
+    for chunk in dispatcher.chunks(batch.id, items=True):
+        names = [item["table"] for item in json.loads(chunk.items or "[]")]
         outcomes = [str(attempt.outcome) for attempt in chunk.attempts]
         seconds = sum(
             (attempt.ended_at - attempt.started_at).total_seconds()
@@ -216,18 +213,20 @@ def export_shop(told: dict[str, Any]) -> list[str]:
     # As an application is told in production; here the standalone has just chosen them.
     for name in ("database_url", "broker_url", "jobs"):
         os.environ[f"DISPATCHER_{name.upper()}"] = told[name]
-    dispatcher = Dispatcher()
-    batch = dispatcher.enqueue("nightly-export", params={"fail_once": FAIL_ONCE})
-    console.print(f"enqueued nightly-export as batch {batch.id}; {FAIL_ONCE} fails once on purpose")
-    follow(batch)
-    problems = []
-    batch = dispatcher.get(batch.id)
-    if batch.state != "succeeded":
-        problems.append(f"the batch has {batch.state}, and should have succeeded")
-    if not show_chunks(dispatcher, batch):
-        problems.append(f"the planned failure of {FAIL_ONCE} and its retry were not seen")
-    if show_trail(dispatcher, batch) == 0:
-        problems.append("the audit trail is empty")
+    with Dispatcher() as dispatcher:
+        batch = dispatcher.enqueue("nightly-export", params={"fail_once": FAIL_ONCE})
+        console.print(
+            f"enqueued nightly-export as batch {batch.id}; {FAIL_ONCE} fails once on purpose"
+        )
+        follow(batch)
+        problems = []
+        batch = batch.refresh()
+        if batch.state != "succeeded":
+            problems.append(f"the batch has {batch.state}, and should have succeeded")
+        if not show_chunks(dispatcher, batch):
+            problems.append(f"the planned failure of {FAIL_ONCE} and its retry were not seen")
+        if show_trail(dispatcher, batch) == 0:
+            problems.append("the audit trail is empty")
     return problems + check_files(told["databases"]["shop"], OUT)
 
 

@@ -21,10 +21,16 @@ from dispatcher.job import Job
 DATABASE = "postgresql://me:pw@host:5432/db"
 
 
+class Mount(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    path: str = "/"
+
+
 class FakeBackend:
     class Options(BaseModel):
         model_config = ConfigDict(extra="forbid")
         cpu: int | None = None
+        mounts: tuple[Mount, ...] = ()
 
     class Settings(BaseModel):
         model_config = ConfigDict(extra="forbid")
@@ -418,6 +424,7 @@ def test_everything_wrong_in_a_file_is_told_at_once_with_its_path() -> None:
         ("[" * 3000, "jobs.yaml: is no YAML: maximum recursion depth exceeded"),
         ("", "jobs.yaml: is empty; it must be a mapping with the keys targets and jobs"),
         ("[1]", "jobs.yaml: holds [1]; it must be a mapping with the keys targets and jobs"),
+        ("{[a]: 1}", "jobs.yaml:1:2: is no YAML: found unhashable key"),
         ("targets: 5", "jobs.yaml: targets is 5; it must be a mapping of names to targets"),
         ("jobs: [{a: 1}]", 'jobs.yaml: jobs.0 is {"a": 1}; in a list it must have a name'),
         ("targets: {a: 5}", "jobs.yaml: targets.a is 5; it must be a mapping that says the targe"),
@@ -469,7 +476,26 @@ def test_a_job_in_yaml_may_repeat_its_name_and_wrong_options_wait_for_a_right_ty
         "jobs.yaml: jobs.j.target is 5; it must be text: put it in quotes"
     ]
     assert job_problems("{target: here, command: [x], options: {cup: 1}}") == [
-        'jobs.yaml: jobs.j.options.cup is not a known key; allowed: cpu (did you mean "cpu"?)'
+        (
+            "jobs.yaml: jobs.j.options.cup is not a known key; allowed: cpu, mounts "
+            '(did you mean "cpu"?)'
+        )
+    ]
+    assert job_problems("{target: here, command: [x], options: {mounts: [{pth: /x}]}}") == [
+        (
+            "jobs.yaml: jobs.j.options.mounts.0.pth is not a known key; allowed: path "
+            '(did you mean "path"?)'
+        )
+    ]
+    assert job_problems("{target: here, command: [x], items: {source: 'a:b', tiemout: 1}}") == [
+        (
+            "jobs.yaml: jobs.j.items.tiemout is not a known key; allowed: source, timeout "
+            '(did you mean "timeout"?)'
+        )
+    ]
+    assert job_problems("{target: here, command: [x], options: &o {cpu: *o}}") == [
+        "jobs.yaml: jobs.j.options is nested too deep; it must be at most 100 levels",
+        ("jobs.yaml: jobs.j.options.cpu is a dict nested too deep to show; it must be an integer"),
     ]
 
 
@@ -477,6 +503,11 @@ def test_a_secret_is_not_shown_in_a_message() -> None:
     (line,) = job_problems("{target: here, command: [x], env: {API_TOKEN: 's3cret{'}}")
     assert line.startswith("jobs.yaml: jobs.j.env.API_TOKEN is ***; a template in it is wrong; ")
     assert "s3cret" not in line
+    (line,) = problems_of_yaml("jobs: [{env: {API_TOKEN: s3cret}, day: 2024-02-29}]")
+    assert line == (
+        "jobs.yaml: jobs.0 is {'env': {'API_TOKEN': '***'}, 'day': datetime.date(2024, 2, 29)}; "
+        "in a list it must have a name"
+    )
 
 
 # --- Python modules -------------------------------------------------------------------------------
@@ -498,6 +529,13 @@ def test_a_module_beside_the_caller_gives_lists_of_targets_and_jobs() -> None:
     assert config.jobs["a"] == Job(name="a", target="here", command=("x",))
     assert config.targets["here"].settings == FakeBackend.Settings(region="us")
     assert sys.path == path
+
+
+def test_a_module_on_the_path_is_found_as_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_config(module("targets = jobs = {}\n")).targets == {}
 
 
 def test_an_attribute_gives_a_mapping_or_a_config() -> None:
