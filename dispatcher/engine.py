@@ -14,10 +14,11 @@ The launch, which must happen once:
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -224,21 +225,21 @@ class Engine:
         """Write the chunks of a held batch; whether there are any."""
         items, chunks, rows, size = 0, 0, list[tuple[int, int, float | None, str]](), 0
         largest = place.backend.limits.max_payload_bytes
-        texts = self._items(planning, job)
-        for cut in plan_chunks(texts, job.chunk, max_payload_bytes=largest):
-            check_chunk(job, planning.batch_id, planning.params, cut.index, cut.items)
-            rows.append((cut.index, cut.count, cut.weight, cut.items))
-            items, chunks, size = items + cut.count, chunks + 1, size + cut.bytes
-            if len(rows) == PLAN_ROWS or size > PLAN_BYTES:
-                planning.write(rows)
-                rows, size = [], 0
+        with contextlib.closing(self._items(planning, job)) as texts:
+            for cut in plan_chunks(texts, job.chunk, max_payload_bytes=largest):
+                check_chunk(job, planning.batch_id, planning.params, cut.index, cut.items)
+                rows.append((cut.index, cut.count, cut.weight, cut.items))
+                items, chunks, size = items + cut.count, chunks + 1, size + cut.bytes
+                if len(rows) == PLAN_ROWS or size > PLAN_BYTES:
+                    planning.write(rows)
+                    rows, size = [], 0
         if rows:
             planning.write(rows)
         if not planning.finish(items, chunks):
             raise _Undo
         return chunks > 0
 
-    def _items(self, planning: Planning, job: Job) -> Iterator[str]:
+    def _items(self, planning: Planning, job: Job) -> Generator[str, None, None]:
         """Stream the items of a batch from where they are."""
         if planning.items_from == "pages":
             for page in planning.pages():
@@ -677,7 +678,7 @@ class Engine:
         ended = tuple(task for task in report.tasks if task.index not in one.settled)
         final = report.phase is Phase.ENDED
         if final:
-            place.watch.ended(one, now)
+            place.watch.ended(one, _seconds(report))
         else:
             place.watch.seen(one, now)
             one.settled.update(task.index for task in ended)
@@ -1004,6 +1005,15 @@ def _starts(closings: Iterable[Closing]) -> dict[int, datetime | None]:
         if began is not None and (known is None or began < known):
             starts[closing.attempt.execution_id] = began
     return starts
+
+
+def _seconds(report: Report) -> float | None:
+    """Say how long an execution ran by the provider's times, if it gives them."""
+    began = [task.started_at for task in report.tasks if task.started_at is not None]
+    ended = [task.ended_at for task in report.tasks if task.ended_at is not None]
+    if not began or not ended:
+        return None
+    return max(0.0, (max(ended) - min(began)).total_seconds())
 
 
 def _parts(endings: Sequence[Ending]) -> Iterator[list[Ending]]:

@@ -2,8 +2,8 @@
 
 Looking is cheap per page and dear per call, so: seldom while nothing can have ended, often when the
 end is near. Without history the interval is a twentieth of the age, so that an end is seen late by
-five per cent of the run time at most; with history, no look is spent on the time in which no
-execution of this job has ever ended.
+five per cent of the run time at most; with history, few looks are spent on the time in which no
+execution of this job has ended so far.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ LONGEST: Final = 30.0
 PART_OF_AGE: Final = 0.05
 CERTAIN: Final = 0.7
 """The part of the shortest known run time in which an end is not expected."""
+
+SURPRISE: Final = 0.25
+"""The part of the shortest known run time by which an unexpected end may be seen late."""
 
 
 class History:
@@ -42,7 +45,7 @@ class History:
 def interval(age: float, shortest: float | None) -> float:
     """Say in how many seconds to look again at an execution launched `age` seconds ago."""
     if shortest is not None and age < CERTAIN * shortest:
-        return min(LONGEST, max(SHORTEST, CERTAIN * shortest - age))
+        return min(LONGEST, max(SHORTEST, min(CERTAIN * shortest - age, SURPRISE * shortest)))
     return min(LONGEST, max(SHORTEST, PART_OF_AGE * age))
 
 

@@ -5,32 +5,53 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
 from dispatcher.errors import UnknownBatch
+from dispatcher.redaction import redact
 from dispatcher.states import BatchState, ChunkState, Outcome
 from dispatcher.store import Store
 
 __all__ = [
     "Attempt",
+    "AuditLine",
     "BatchView",
     "Chunk",
+    "ChunkStanding",
     "Event",
+    "Holder",
+    "Live",
     "Output",
+    "Standing",
+    "TargetView",
+    "WorkerView",
+    "ahead",
+    "audit",
     "batches",
+    "cancelled_executions",
+    "chunk_standing",
     "chunks",
     "events",
     "find_batch",
     "get_batch",
     "get_state",
+    "holders",
+    "live",
     "outputs",
     "read_batch",
+    "standing",
+    "targets",
+    "troubled",
+    "workers",
 ]
 
 PAGE: Final = 1000
 """Rows read at once where a list may be long."""
+
+SILENT: Final = 60
+"""Seconds after its last heartbeat in which a worker still counts as alive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,3 +419,403 @@ def outputs(store: Store, batch_id: str) -> Iterator[Output]:
         last = chunk.attempts[-1] if chunk.attempts else None
         if last is not None and last.result_uri is not None:
             yield Output(chunk.index, last.number, last.result_uri)
+
+
+# --- what `explain` and `check` read --------------------------------------------------------------
+
+
+class WorkerView(NamedTuple):
+    """A worker, by its last heartbeat."""
+
+    id: str
+    host: str
+    pid: int
+    version: str
+    code_version: int
+    problems: dict[str, str]
+    """Targets that it does not lead, and why."""
+
+    heartbeat_at: datetime
+    alive: bool
+    """Whether it has said so within the last minute, and has not stopped since."""
+
+
+class TargetView(NamedTuple):
+    """A target, as its last leaseholder was configured and as its last calls went."""
+
+    name: str
+    backend: str
+    limits: dict[str, Any]
+    home: dict[str, str] | None
+    lease_owner: str | None
+    lease_until: datetime | None
+    leased: bool
+    tokens: float | None
+    tokens_age: float | None
+    pace: float
+    down_since: datetime | None
+    down_reason: str | None
+    down_calls: int
+    resume_at: datetime | None
+
+
+class Standing(NamedTuple):
+    """What is stored of a batch beside its `BatchView`, and the database's time."""
+
+    now: datetime
+    job: dict[str, Any]
+    code_version: int
+    items_from: str
+    max_failed_chunks: int
+    cancel_kind: str | None
+    cancel_reason: str | None
+    cancel_actor: str | None
+    plan_tries: int
+    plan_after: datetime | None
+    being_planned: bool
+    due: int
+    """Pending chunks that could be launched now."""
+
+    later: int
+    """Pending chunks that wait for their time."""
+
+    held: int
+    """Pending chunks that wait for company in a pack."""
+
+    next_due: datetime | None
+    next_due_chunk: int | None
+    held_until: datetime | None
+
+
+class Live(NamedTuple):
+    """The live executions of a batch that are in one situation, and the oldest of them."""
+
+    what: str
+    """calling, throttled, unknown, starting, running, absent or cancelling."""
+
+    executions: int
+    tasks: int
+    id: int
+    key: str
+    state: str
+    handle: str | None
+    worker: str | None
+    reason: str | None
+    calls: int
+    looks: int
+    intent_at: datetime
+    call_by: datetime | None
+    next_call_at: datetime | None
+    next_look_at: datetime | None
+    launched_at: datetime | None
+    start_deadline: datetime | None
+    started_at: datetime | None
+    deadline: datetime | None
+    absent_since: datetime | None
+    cancel_requested_at: datetime | None
+    cancel_kind: str | None
+    cancel_calls: int
+    next_cancel_at: datetime | None
+    chunk_index: int | None
+
+
+class Holder(NamedTuple):
+    """Who holds slots."""
+
+    batch_id: str | None
+    job: str | None
+    slots: int
+    executions: int
+
+
+class ChunkStanding(NamedTuple):
+    """What is stored of a chunk beside its `Chunk`."""
+
+    hold_until: datetime | None
+    budget_from: int
+    execution_id: int | None
+    """Of its open attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditLine:
+    """An event, with what an auditor wants to know of its subject."""
+
+    event: Event
+    subject: dict[str, Any] | None
+    """Of a batch that was enqueued: job, target, params, labels and key. Of an execution: its key
+    and target; what was asked for with its intent; its handle and console link with its launch."""
+
+
+def workers(store: Store) -> list[WorkerView]:
+    """Read the workers, the latest heartbeat first."""
+    with store.transaction() as tx:
+        rows = store.run(
+            tx,
+            f"""
+            SELECT id, host, pid, version, code_version, problems, heartbeat_at,
+                stopped_at IS NULL AND heartbeat_at > now() - interval '{SILENT} seconds'
+            FROM dispatcher.worker ORDER BY heartbeat_at DESC, id
+            """,  # noqa: S608 - a constant of this module
+        )
+        return [WorkerView(*row) for row in rows]
+
+
+def targets(store: Store) -> dict[str, TargetView]:
+    """Read the targets that workers have served so far, by name."""
+    with store.transaction() as tx:
+        rows = store.run(
+            tx,
+            """
+            SELECT name, backend, limits, home, lease_owner, lease_until,
+                coalesce(lease_owner IS NOT NULL AND lease_until > now(), false), tokens,
+                extract(epoch FROM now() - tokens_at)::float8, pace, down_since, down_reason,
+                down_calls, resume_at
+            FROM dispatcher.target ORDER BY name
+            """,
+        )
+        return {row[0]: TargetView(*row) for row in rows}
+
+
+def standing(store: Store, batch_id: str) -> Standing:
+    """Read what explains where a batch is.
+
+    Raises:
+        UnknownBatch: there is none.
+    """
+    with store.transaction() as tx:
+        row = store.run(
+            tx,
+            """
+            SELECT now(), b.job, b.code_version, b.items_from, b.max_failed_chunks, b.cancel_kind,
+                b.cancel_reason,
+                (
+                    SELECT v.actor FROM dispatcher.event v
+                    WHERE v.batch_id = b.id AND v.kind = 'batch' AND v.old IS NULL
+                        AND v.new IS NULL AND v.at = b.cancel_requested_at
+                    ORDER BY v.id DESC LIMIT 1
+                ),
+                b.plan_tries, b.plan_after,
+                -- The planner's hold is an advisory lock; see Store.planning.
+                b.state = 'planning' AND EXISTS (
+                    SELECT 1 FROM pg_locks l
+                    WHERE l.locktype = 'advisory' AND l.objsubid = 1 AND l.granted
+                        AND l.database = (SELECT oid FROM pg_database
+                            WHERE datname = current_database())
+                        AND (l.classid::bigint << 32) | l.objid::bigint
+                            = hashtextextended('dispatcher.plan:' || b.id, 0)
+                ),
+                p.due, p.later, p.held, p.next_due, p.next_due_chunk, p.held_until
+            FROM dispatcher.batch b CROSS JOIN LATERAL (
+                SELECT
+                    count(*) FILTER (
+                        WHERE due_at <= now() AND (hold_until IS NULL OR hold_until <= now())
+                    )::int AS due,
+                    count(*) FILTER (WHERE due_at > now())::int AS later,
+                    count(*) FILTER (WHERE due_at <= now() AND hold_until > now())::int AS held,
+                    min(due_at) FILTER (WHERE due_at > now()) AS next_due,
+                    (array_agg(index ORDER BY due_at, index) FILTER (WHERE due_at > now()))[1]
+                        AS next_due_chunk,
+                    min(hold_until) FILTER (WHERE due_at <= now() AND hold_until > now())
+                        AS held_until
+                FROM dispatcher.chunk WHERE batch_id = b.id AND state = 'pending'
+            ) p
+            WHERE b.id = :id
+            """,
+            id=batch_id,
+        ).first()
+    if row is None:
+        raise UnknownBatch(f'no batch "{batch_id}"; `dispatcher batches` lists them')
+    return Standing(*row)
+
+
+def live(store: Store, batch_id: str, execution_id: int | None = None) -> dict[str, Live]:
+    """Read the live executions of a batch, or one of them, by the situation they are in."""
+    with store.transaction() as tx:
+        rows = store.run(
+            tx,
+            """
+            SELECT DISTINCT ON (w.what) w.what,
+                (count(*) OVER (PARTITION BY w.what))::int,
+                (sum(e.open_tasks) OVER (PARTITION BY w.what))::int,
+                e.id, e.key, e.state, e.handle, e.worker, e.reason, e.calls, e.looks, e.intent_at,
+                e.call_by, e.next_call_at, e.next_look_at, e.launched_at, e.start_deadline,
+                e.started_at, e.deadline, e.absent_since, e.cancel_requested_at, e.cancel_kind,
+                e.cancel_calls, e.next_cancel_at,
+                (
+                    SELECT min(a.chunk_index) FROM dispatcher.attempt a
+                    WHERE a.execution_id = e.id AND a.outcome IS NULL
+                )
+            FROM dispatcher.execution e CROSS JOIN LATERAL (
+                SELECT CASE
+                    WHEN e.cancel_requested_at IS NOT NULL THEN 'cancelling'
+                    WHEN e.state = 'unknown' THEN 'unknown'
+                    WHEN e.state = 'intended' AND e.next_call_at IS NOT NULL THEN 'throttled'
+                    WHEN e.state = 'intended' THEN 'calling'
+                    WHEN e.absent_since IS NOT NULL THEN 'absent'
+                    WHEN e.started_at IS NULL THEN 'starting'
+                    ELSE 'running'
+                END AS what
+            ) w
+            WHERE e.batch_id = :id AND e.state IN ('intended', 'unknown', 'launched')
+                AND NOT e.stray AND (CAST(:execution_id AS bigint) IS NULL OR e.id = :execution_id)
+            ORDER BY w.what, coalesce(e.started_at, e.launched_at, e.intent_at), e.id
+            """,
+            id=batch_id,
+            execution_id=execution_id,
+        )
+        return {row[0]: Live(*row) for row in rows}
+
+
+def cancelled_executions(store: Store, batch_id: str, since: datetime) -> tuple[int, int]:
+    """Count the executions that ran when a batch's cancel was asked for, and those ended since."""
+    with store.transaction() as tx:
+        row = store.run(
+            tx,
+            """
+            SELECT count(*)::int, count(*) FILTER (WHERE state = 'ended')::int
+            FROM dispatcher.execution
+            WHERE batch_id = :id AND NOT stray AND cancel_requested_at IS NOT NULL
+                AND (finished_at IS NULL OR finished_at >= :since)
+            """,
+            id=batch_id,
+            since=since,
+        ).one()
+        return row[0], row[1]
+
+
+def holders(
+    store: Store, *, target: str | None = None, job: str | None = None, batch_id: str | None = None
+) -> list[Holder]:
+    """Read who holds the slots of a target, a job or a batch, the largest holder first."""
+    with store.transaction() as tx:
+        rows = store.run(
+            tx,
+            """
+            SELECT batch_id, job_name, sum(least(open_tasks, parallelism))::int, count(*)::int
+            FROM dispatcher.execution
+            WHERE state IN ('intended', 'unknown', 'launched')
+                AND (CAST(:target AS text) IS NULL OR target = :target)
+                AND (CAST(:job AS text) IS NULL OR job_name = :job)
+                AND (CAST(:batch_id AS text) IS NULL OR batch_id = :batch_id)
+            GROUP BY batch_id, job_name ORDER BY 3 DESC, 1
+            """,
+            target=target,
+            job=job,
+            batch_id=batch_id,
+        )
+        return [Holder(*row) for row in rows]
+
+
+def ahead(store: Store, target: str, priority: int) -> list[tuple[str, str, int]]:
+    """Find batches of a target that wait too and go first: id, job and priority."""
+    with store.transaction() as tx:
+        rows = store.run(
+            tx,
+            """
+            SELECT b.id, b.job_name, b.priority FROM dispatcher.batch b
+            WHERE b.target = :target AND b.state = 'running' AND b.cancel_requested_at IS NULL
+                AND b.priority > :priority AND EXISTS (
+                    SELECT 1 FROM dispatcher.chunk c
+                    WHERE c.batch_id = b.id AND c.state = 'pending' AND c.due_at <= now()
+                        AND (c.hold_until IS NULL OR c.hold_until <= now())
+                )
+            ORDER BY b.priority DESC, b.created_at LIMIT 5
+            """,
+            target=target,
+            priority=priority,
+        )
+        return [(row[0], row[1], row[2]) for row in rows]
+
+
+def chunk_standing(store: Store, batch_id: str, index: int) -> ChunkStanding:
+    """Read what explains where a chunk is; empty if there is none."""
+    with store.transaction() as tx:
+        row = store.run(
+            tx,
+            """
+            SELECT c.hold_until, c.budget_from, a.execution_id
+            FROM dispatcher.chunk c LEFT JOIN dispatcher.attempt a
+                ON a.batch_id = c.batch_id AND a.chunk_index = c.index AND a.outcome IS NULL
+            WHERE c.batch_id = :id AND c.index = :index
+            """,
+            id=batch_id,
+            index=index,
+        ).first()
+        return ChunkStanding(None, 0, None) if row is None else ChunkStanding(*row)
+
+
+def troubled(store: Store, batch_id: str) -> set[int]:
+    """Find the chunks that failed for good, or whose last attempt ended badly."""
+    with store.transaction() as tx:
+        rows = store.run(
+            tx,
+            """
+            SELECT index FROM dispatcher.chunk
+            WHERE batch_id = :id AND state <> 'succeeded'
+                AND (state = 'failed' OR outcome NOT IN ('succeeded', 'cancelled'))
+            """,
+            id=batch_id,
+        )
+        return {row[0] for row in rows}
+
+
+def audit(
+    store: Store,
+    *,
+    batch_id: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> Iterator[AuditLine]:
+    """Read the audit in the order in which it was written, with what it is about."""
+    page: list[Event] = []
+    for event in events(store, batch_id=batch_id, since=since, until=until):
+        page.append(event)
+        if len(page) == PAGE:
+            yield from _audited(store, page)
+            page = []
+    yield from _audited(store, page)
+
+
+def _audited(store: Store, page: Sequence[Event]) -> Iterator[AuditLine]:
+    """Add to events what they are about, read once for the page."""
+    batches_of = {e.batch_id for e in page if e.kind == "batch" and e.new == BatchState.PLANNING}
+    executions_of = {e.execution_id for e in page if e.kind == "execution"}
+    with store.transaction() as tx:
+        asked = store.run(
+            tx,
+            """
+            SELECT id, job_name, target, params, labels, key FROM dispatcher.batch
+            WHERE id = ANY(:ids)
+            """,
+            ids=[i for i in batches_of if i is not None],
+        )
+        requests = {
+            row[0]: dict(
+                zip(
+                    ("job", "target", "params", "labels", "key"), redact(list(row[1:])), strict=True
+                )
+            )
+            for row in asked
+        }
+        called = store.run(
+            tx,
+            """
+            SELECT id, key, target, request, handle, console_url FROM dispatcher.execution
+            WHERE id = ANY(:ids)
+            """,
+            ids=[i for i in executions_of if i is not None],
+        )
+        runs = {row[0]: row[1:] for row in called}
+    for event in page:
+        subject: dict[str, Any] | None = None
+        if event.kind == "batch" and event.new == BatchState.PLANNING:
+            subject = requests.get(event.batch_id or "")
+        elif event.kind == "execution" and event.execution_id in runs:
+            key, target, request, handle, console_url = runs[event.execution_id]
+            subject = {"key": key, "target": target}
+            if event.new == "intended" and event.old is None:
+                subject["request"] = request
+            elif event.new == "launched":
+                subject |= {"handle": handle, "console_url": console_url}
+        yield AuditLine(event, subject)

@@ -116,9 +116,7 @@ def launch_request(
     )
 
 
-def check_chunk(
-    job: Job, batch_id: str, params: Mapping[str, Any], index: int, items: str
-) -> None:
+def check_chunk(job: Job, batch_id: str, params: Mapping[str, Any], index: int, items: str) -> None:
     """Fill a chunk's templates once when it is planned, so that no launch can fail on them.
 
     Raises:

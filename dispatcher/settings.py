@@ -119,7 +119,7 @@ class Settings(BaseSettings):
     heartbeat: Duration = timedelta(seconds=10)
     """How often a worker says that it lives."""
 
-    lease: Duration = timedelta(seconds=30)
+    lease: Duration = timedelta(seconds=15)
     """How long a target stays a worker's after its last heartbeat."""
 
     call_window: Duration = timedelta(seconds=15)

@@ -411,18 +411,19 @@ class Standalone:
     def environment(self) -> dict[str, str]:
         """The variables of all that is started: ours, and the programs of this virtualenv first."""
         programs = str(Path(sys.executable).parent)
-        path = os.environ.get("PATH", os.defpath)
+        path = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
+        return {**os.environ, **self._told(), "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+    def _told(self) -> dict[str, str]:
         told = {
             "DISPATCHER_DATABASE_URL": self.database_url,
             "DISPATCHER_BROKER_URL": self.broker_url,
-            "PATH": os.pathsep.join([programs, path]),
-            "PYTHONUNBUFFERED": "1",
         }
         if self.jobs is not None:
             told["DISPATCHER_JOBS"] = self.jobs
         for name in self.databases:
             told[f"{name.upper()}_DATABASE_URL"] = self._url_of(name)
-        return {**os.environ, **told}
+        return told
 
     def _tell(self) -> None:
         """Write the file by which other processes find this installation: all of it or nothing."""
@@ -453,7 +454,11 @@ class Standalone:
             program = _shown(Path(sys.executable).parent / "dispatcher")
             command = f"{program} enqueue {example} --wait"
             if self.told_in != standalone_file().absolute():
-                command = f"DISPATCHER_DATABASE_URL='{self.database_url}' {command}"
+                told = self._told()
+                names = [name for name in told if name.startswith("DISPATCHER_")]
+                command = " ".join(
+                    [*(f"{name}={shlex.quote(told[name])}" for name in names), command]
+                )
             lines += ["try this in another terminal:", f"  {command}"]
         for line in lines:
             self.say(line)

@@ -27,7 +27,7 @@ from dispatcher.errors import DispatcherError, InvalidItems, Unreachable
 from dispatcher.items import ItemStream, format_of, parse
 
 if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
+    from obstore.store import RetryConfig
 
 __all__ = ["check_uri", "read_bytes", "read_items"]
 
@@ -37,10 +37,8 @@ _PART_BYTES: Final = 4 << 20
 _BLOCK_BYTES: Final = 1 << 18
 """Given on at once: what is made of a block takes many times its size."""
 
-_CLIENT: Final[ClientConfig] = {
-    "connect_timeout": timedelta(seconds=5),
-    "timeout": timedelta(seconds=30),
-}
+# No client options: they would replace those of the environment (`AWS_ALLOW_HTTP`, proxies). The
+# library's own are 5 s to connect and 30 s for a request.
 _RETRY: Final[RetryConfig] = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
 
 
@@ -54,9 +52,9 @@ class _Location:
 
     def store(self) -> GCSStore | LocalStore | S3Store:
         if self.scheme == "s3":
-            return S3Store(self.bucket, client_options=_CLIENT, retry_config=_RETRY)
+            return S3Store(self.bucket, retry_config=_RETRY)
         if self.scheme == "gs":
-            return GCSStore(self.bucket, client_options=_CLIENT, retry_config=_RETRY)
+            return GCSStore(self.bucket, retry_config=_RETRY)
         return LocalStore()
 
 

@@ -29,6 +29,9 @@ class Watched:
     next_look: float
     started: bool
     absent: float | None
+    looked: float | None = None
+    """When it was last seen alive."""
+
     settled: set[int] = field(default_factory=set)
     """Task indexes that are settled; stays empty where there is one task."""
 
@@ -69,7 +72,7 @@ class Watch:
                 due,
                 row.started,
                 None if row.absent_for is None else now - row.absent_for,
-                settled.get(row.id, set()),
+                settled=settled.get(row.id, set()),
             )
 
     def forget(self, execution_id: int) -> None:
@@ -78,9 +81,16 @@ class Watch:
         if gone is not None:
             self._by_handle.pop(gone.handle, None)
 
-    def ended(self, one: Watched, now: float) -> None:
-        """Learn from an execution that has ended, and drop it."""
-        self._history[one.job].add(now - one.launched)
+    def ended(self, one: Watched, seconds: float | None) -> None:
+        """Learn from an execution that has ended, and drop it.
+
+        `seconds` is how long it ran, as the provider says. Where it does not, the age at the last
+        look counts, at which it still ran: too short a time costs a look, too long a one a delay.
+        """
+        if seconds is None and one.looked is not None:
+            seconds = one.looked - one.launched
+        if seconds is not None:
+            self._history[one.job].add(seconds)
         self.forget(one.id)
 
     def hurry(self, ids: Iterable[int], now: float) -> None:
@@ -109,7 +119,7 @@ class Watch:
     def seen(self, one: Watched, now: float, *, hurried: bool = False) -> None:
         """Set the next look at an execution that still runs."""
         wait = SHORTEST if hurried else interval(now - one.launched, self._shortest(one))
-        one.next_look = now + wait
+        one.looked, one.next_look = now, now + wait
 
     def failed(self, page: Sequence[Watched], now: float, failures: int) -> None:
         """Set the next look at a page that could not be read."""

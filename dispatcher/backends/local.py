@@ -380,7 +380,7 @@ class LocalBackend:
         try:
             with (directory / shim.LOG).open("ab") as log:
                 first = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", _BOOT, _SHIM_FOLDER, directory, str(answer)],
+                    [sys.executable, *_FLAGS, "-c", _BOOT, _SHIM_FOLDER, directory, str(answer)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -458,6 +458,9 @@ class LocalBackend:
 
 
 _SHIM_FOLDER: Final = str(Path(shim.__file__).parent)
+_FLAGS: Final = ("-I", "-S")
+"""Nothing of the task's environment reaches the shim's own Python, nor does site-packages."""
+
 _BOOT: Final = (
     "import sys; sys.path.append(sys.argv[1]); import local_shim; local_shim.main(sys.argv[2:])"
 )

@@ -131,11 +131,11 @@ def show_trail(dispatcher: Dispatcher, batch: Batch) -> int:
     console.print("audit trail", style="bold")
     number = 0
     for number, event in enumerate(dispatcher.events(batch.id), start=1):  # noqa: B007 - it counts
-        chunk = "" if event.chunk_index is None else f" chunk {event.chunk_index}"
+        what = event.kind if event.chunk_index is None else f"{event.kind} {event.chunk_index}"
         edge = "" if event.new is None else f" {event.old or '·'} → {event.new}"
         reason = f"  {event.reason}" if event.reason else ""
         console.print(
-            f"  {event.at:%H:%M:%S.%f} {event.actor} {event.kind}{chunk}{edge}{reason}",
+            f"  {event.at:%H:%M:%S.%f} {event.actor} {what}{edge}{reason}",
             soft_wrap=True,
             markup=False,
         )
@@ -203,7 +203,8 @@ def check_files(address: str, out: Path) -> list[str]:
             size += path.stat().st_size
     console.print(
         f"checked {len(names)} tables, {rows:,} rows, {size:,} bytes of gzip: "
-        f"{'rows and checksums agree' if not problems else 'NOT right'}"
+        f"{'rows and checksums agree' if not problems else 'NOT right'}",
+        soft_wrap=True,
     )
     return problems
 
@@ -242,7 +243,8 @@ def main() -> int:
         console.print(f"WRONG: {problem}", style="bold red", markup=False)
     console.print(
         f"{'all right' if not problems else 'not right'} after {time.monotonic() - began:.1f} s; "
-        f"the files are in {OUT}/, the logs in {STATE}/logs/"
+        f"the files are in {OUT}/, the logs in {STATE}/logs/",
+        soft_wrap=True,
     )
     return 1 if problems else 0
 

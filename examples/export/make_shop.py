@@ -93,7 +93,8 @@ def make_table(connection: psycopg.Connection, name: str, count: int, seed: int)
                    jsonb_build_object('k', words[1 + get_byte(h, 7) % cardinality(words)])
                      AS details
             FROM generate_series(1, {count}) AS row,
-                 LATERAL (SELECT decode(md5({key} || row), 'hex') AS h) AS hashed,
+                 -- OFFSET 0: else the planner would put the hash in wherever it is used.
+                 LATERAL (SELECT decode(md5({key} || row), 'hex') AS h OFFSET 0) AS hashed,
                  (SELECT {words}::text[] AS words) AS vocabulary
             """
         ).format(

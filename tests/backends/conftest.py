@@ -1,6 +1,15 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 # The asserts of the contract explain themselves as those of a test module do.
 pytest.register_assert_rewrite("dispatcher.testing")
+
+
+@pytest.fixture(autouse=True)
+def shims_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where coverage follows subprocesses, let it into the shims too: it comes by site-packages."""
+    if {"COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"} & os.environ.keys():
+        monkeypatch.setattr("dispatcher.backends.local._FLAGS", ())

@@ -110,7 +110,7 @@ def test_settings_have_defaults() -> None:
     assert settings.launch_concurrency == 16
     assert settings.sweep_interval == timedelta(seconds=2)
     assert settings.heartbeat == timedelta(seconds=10)
-    assert settings.lease == timedelta(seconds=30)
+    assert settings.lease == timedelta(seconds=15)
     assert settings.call_window == timedelta(seconds=15)
     assert settings.pool_size == 8
 

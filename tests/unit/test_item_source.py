@@ -73,6 +73,11 @@ def test_many_items_come_whole_and_in_order(write: Write, run: Run) -> None:
     assert list(run()) == [str(number) for number in range(200_000)]
 
 
+def test_large_items_come_whole(write: Write, run: Run) -> None:
+    write("def items(): return ['x' * 1_000_000, 'y', 'z' * 1_000_000]")
+    assert [len(text) for text in run()] == [1_000_002, 3, 1_000_002]
+
+
 def test_items_stream_and_closing_early_ends_the_function(write: Write, tmp_path: Path) -> None:
     fifo = tmp_path / "alive"
     os.mkfifo(fifo)
@@ -205,8 +210,8 @@ def test_a_source_that_hangs_is_killed_with_its_children_at_its_timeout(
     descriptor = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(descriptor, True)
     with open(descriptor) as alive:  # noqa: PTH123 - a number
-        assert refusal(run(timeout=1.5)) == (
-            "item source 'listing:items' was stopped: it did not end within its timeout of 1.5 s; "
+        assert refusal(run(timeout=4)) == (
+            "item source 'listing:items' was stopped: it did not end within its timeout of 4 s; "
             "it had given 0 items\nThe last it wrote:\n  waiting"
         )
         assert alive.read() == "started"
@@ -245,8 +250,10 @@ def test_a_source_dies_with_the_worker_that_started_it(write: Write, tmp_path: P
         [
             sys.executable,
             "-c",
-            "from dispatcher.item_source import run_source as run\n"
-            "list(run('listing:items', {}, timeout=600))",
+            (
+                "from dispatcher.item_source import run_source as run\n"
+                "list(run('listing:items', {}, timeout=600))"
+            ),
         ],
         cwd=tmp_path,
     )

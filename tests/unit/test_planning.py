@@ -190,8 +190,10 @@ class TestBalance:
             *(
                 (
                     f'{{"bytes":{value}}}',
-                    f"item 2 has 'bytes' = {shown}, by which the job balances; it must be a "
-                    "number from 0 to 1e+18",
+                    (
+                        f"item 2 has 'bytes' = {shown}, by which the job balances; it must be a "
+                        "number from 0 to 1e+18"
+                    ),
                 )
                 for value, shown in [
                     *((bad, bad) for bad in ["true", "null", '"many"', '"-1"', "-1", "-0.5"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -87,8 +88,10 @@ class TestFiles:
     [
         (
             "http://host/a.jsonl",
-            "cannot read items from 'http://host/a.jsonl': "
-            "it must start with file:///, s3:// or gs://",
+            (
+                "cannot read items from 'http://host/a.jsonl': "
+                "it must start with file:///, s3:// or gs://"
+            ),
         ),
         (
             "a.jsonl",
@@ -96,8 +99,10 @@ class TestFiles:
         ),
         (
             "file://data/a.jsonl",
-            "'file://data/a.jsonl' is relative or names a host: "
-            "write file:/// and the absolute path",
+            (
+                "'file://data/a.jsonl' is relative or names a host: "
+                "write file:/// and the absolute path"
+            ),
         ),
         ("s3:///a.jsonl", "'s3:///a.jsonl' names no bucket: write s3://BUCKET/KEY"),
         ("gs://bucket", "'gs://bucket' names no object: write the whole name of a file of items"),
@@ -124,7 +129,7 @@ def test_a_uri_of_an_unknown_kind_of_file_is_refused_at_once() -> None:
 
 
 class _Bucket(BaseHTTPRequestHandler):
-    """As much of S3 as reading one object needs, and a key for each way to fail."""
+    """As much of S3 and GCS as reading one object needs, and a key for each way to fail."""
 
     body = b"".join(b"%d\n" % number for number in range(1000))
 
@@ -167,6 +172,13 @@ class TestBuckets:
             monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
             monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
             monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+            account = {
+                "gcs_base_url": f"http://127.0.0.1:{server.server_port}",
+                "disable_oauth": True,
+                **dict.fromkeys(["client_email", "private_key", "private_key_id"], ""),
+            }
+            monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+            monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
             try:
                 yield server
             finally:
@@ -177,6 +189,7 @@ class TestBuckets:
     def test_an_object_in_a_bucket_is_read_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(storage, "_PART_BYTES", 500)
         assert texts("s3://b/a.jsonl") == [str(number) for number in range(1000)]
+        assert texts("gs://b/a.jsonl") == [str(number) for number in range(1000)]
 
     @pytest.mark.usefixtures("bucket")
     def test_a_missing_object_and_one_not_allowed_are_told_apart(self) -> None:

@@ -1,0 +1,392 @@
+"""The parts of `make demo`, and the files by which others run what it runs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+import yaml
+from psycopg import sql
+
+from dispatcher import Dispatcher, load_config
+from dispatcher.standalone import Ports, Standalone
+from examples.export import demo, make_shop, shop, tables
+
+ROOT = Path(__file__).parents[2]
+ROWS = 3000
+
+
+def until(condition: Callable[[], bool], within: float = 30) -> None:
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.05)
+
+
+# --- the shop and its export ---
+
+
+@pytest.fixture
+def shop_url(database_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small shop with all its tables, in SHOP_DATABASE_URL."""
+    monkeypatch.setenv("SHOP_DATABASE_URL", database_url)
+    with shop.connect() as connection:
+        assert make_shop.make_shop(connection, rows=ROWS)
+    return database_url
+
+
+def export(
+    items: Sequence[Any] | None, out: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    told = {} if items is None else {"DISPATCH_ITEMS": json.dumps(items)}
+    return subprocess.run(
+        [sys.executable, "-m", "examples.export.export_table"],
+        env={**os.environ, "OUT": str(out), **told, **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def fingerprint() -> list[tuple[Any, ...]]:
+    with shop.connect() as connection:
+        return [
+            connection.execute(
+                sql.SQL(
+                    "SELECT count(*), md5(string_agg(t::text, '|' ORDER BY id)) FROM shop.{} t"
+                ).format(sql.Identifier(name))
+            ).fetchall()[0]
+            for name in make_shop.TABLES
+        ]
+
+
+def test_the_shop_has_a_million_rows_in_30_tables_of_which_one_is_1000_times_another() -> None:
+    counts = make_shop.row_counts(make_shop.ROWS)
+    assert len(counts) == 30
+    assert sum(counts.values()) == pytest.approx(1_000_000, abs=30)
+    assert max(counts.values()) / min(counts.values()) == pytest.approx(1000, rel=0.01)
+
+
+@pytest.mark.usefixtures("shop_url")
+def test_the_same_seed_makes_the_same_shop_and_another_seed_another() -> None:
+    first = fingerprint()
+    with shop.connect() as connection:
+        assert not make_shop.make_shop(connection, rows=ROWS)
+        assert make_shop.make_shop(connection, rows=ROWS, seed=2)
+        assert fingerprint() != first
+        assert make_shop.make_shop(connection, rows=ROWS)
+    assert fingerprint() == first
+
+
+@pytest.mark.usefixtures("shop_url")
+def test_the_shop_holds_every_awkward_text_and_null() -> None:
+    with shop.connect() as connection:
+        notes = {note for (note,) in connection.execute("SELECT note FROM shop.page_views")}
+    assert notes == {None, *make_shop.AWKWARD}
+
+
+@pytest.mark.usefixtures("shop_url")
+def test_the_item_source_names_every_table_with_its_bytes() -> None:
+    items = list(tables.list_tables())
+    assert {item["table"] for item in items} == set(make_shop.TABLES)
+    assert all(item["bytes"] > 0 for item in items)
+
+
+def test_every_table_is_exported_as_it_is(shop_url: str, tmp_path: Path) -> None:
+    done = export(list(tables.list_tables()), tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 30
+    assert demo.check_files(shop_url, tmp_path / "out") == []
+
+
+def test_items_can_come_from_a_file(shop_url: str, tmp_path: Path) -> None:
+    (tmp_path / "the items.json").write_text('[{"table": "shops"}]')
+    uri = (tmp_path / "the items.json").as_uri()
+    done = export(None, tmp_path / "out", DISPATCH_INPUT_URI=uri, SHOP_DATABASE_URL=shop_url)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["shops.csv.gz"]
+
+
+@pytest.mark.usefixtures("shop_url")
+def test_without_items_it_fails_for_good(tmp_path: Path) -> None:
+    done = export(None, tmp_path)
+    assert done.returncode == 65
+    assert "neither DISPATCH_ITEMS nor a file:// DISPATCH_INPUT_URI is set" in done.stderr
+
+
+def test_without_a_database_it_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SHOP_DATABASE_URL", raising=False)
+    done = export([{"table": "shops"}], tmp_path)
+    assert done.returncode == 1
+    assert "SHOP_DATABASE_URL is not set" in done.stderr
+
+
+@pytest.mark.usefixtures("shop_url")
+def test_a_planned_failure_leaves_no_file_and_the_next_attempt_succeeds(tmp_path: Path) -> None:
+    items = [{"table": "shops"}, {"table": "refunds"}, {"table": "orders"}]
+    first = export(items, tmp_path, FAIL_ONCE="refunds", DISPATCH_ATTEMPT="1")
+    assert first.returncode == 1
+    assert first.stderr == "refunds: failed on purpose: refunds is FAIL_ONCE\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["shops.csv.gz"]
+    second = export(items, tmp_path, FAIL_ONCE="refunds", DISPATCH_ATTEMPT="2")
+    assert second.returncode == 0
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.usefixtures("shop_url")
+def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = export([{"table": "unicorns"}], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith('unicorns: relation "shop.unicorns" does not exist')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_finds_a_file_that_is_missing_changed_or_too_many(
+    shop_url: str, tmp_path: Path
+) -> None:
+    export(list(tables.list_tables()), tmp_path)
+    (tmp_path / "shops.csv.gz").unlink()
+    (tmp_path / "cats.csv.gz").touch()
+    path = tmp_path / "orders.csv.gz"
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(content.replace(b"true", b"false").replace(b",t,", b",f,", 1)))
+    problems = demo.check_files(shop_url, tmp_path)
+    assert problems[0] == f"cats.csv.gz is in {tmp_path} and belongs to no table"
+    assert problems[1].startswith(f"{path} holds Content(rows=")
+    assert problems[2] == f"{tmp_path / 'shops.csv.gz'} is missing"
+
+
+def test_the_jobs_file_is_valid_and_has_the_names_of_the_readme() -> None:
+    config = load_config(str(ROOT / "examples" / "export" / "jobs.yaml"))
+    assert list(config.targets) == ["here"]
+    job = config.job("nightly-export")
+    assert job.check_params(None) == {"fail_once": ""}
+
+
+# --- the files by which others run it ---
+
+
+def procfile() -> dict[str, list[str]]:
+    lines = (ROOT / "Procfile").read_text().splitlines()
+    return {name: shlex.split(line) for name, line in (entry.split(": ", 1) for entry in lines)}
+
+
+def from_celery(command: Sequence[str]) -> list[str]:
+    """What follows the program, with the places that differ from machine to machine left out."""
+    words = list(command)[list(command).index("-A") :]
+    return [
+        re.sub(r"(--port|--address)=.*", r"\1", word)
+        for word, before in zip(words, ["", *words], strict=False)
+        if before != "--schedule"
+    ]
+
+
+@pytest.mark.parametrize("name", ["worker", "beat", "flower"])
+def test_standalone_procfile_and_compose_start_the_same(name: str, tmp_path: Path) -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())["services"]
+    own = from_celery(Standalone(tmp_path)._commands(Ports())[name])
+    assert from_celery(procfile()[name]) == own
+    assert from_celery(compose[name]["command"]) == own
+
+
+def test_the_image_starts_a_worker_and_takes_the_same_uv() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    command = re.search(r"^CMD (\[.*\])", dockerfile.replace("\\\n", ""), re.MULTILINE)
+    assert command
+    assert json.loads(command[1]) == procfile()["worker"]
+    uv = re.search(r"^UV_VERSION := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert uv
+    assert f"ARG UV_VERSION={uv[1]}\n" in dockerfile
+
+
+def test_every_service_of_compose_tells_its_health_and_waits_for_what_it_needs() -> None:
+    services = yaml.safe_load((ROOT / "docker-compose.yaml").read_text())["services"]
+    lasting = services.keys() - {"release"}
+    assert lasting == {"postgres", "redis", "worker", "beat", "flower"}
+    assert all("healthcheck" in services[name] for name in lasting)
+    assert services["release"]["command"] == procfile()["release"]
+    for name in ("worker", "beat", "flower"):
+        assert services[name]["depends_on"] == {
+            "release": {"condition": "service_completed_successfully"},
+            "redis": {"condition": "service_healthy"},
+        }
+
+
+# --- the standalone ---
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory of its own with a job that says hello, and none of our variables set."""
+    for name in list(os.environ):
+        if name.startswith("DISPATCHER_"):
+            monkeypatch.delenv(name)
+    path = Path(tempfile.mkdtemp(prefix="home-"))
+    (path / "jobs.yaml").write_text(
+        "targets: {here: {backend: local}}\njobs: {hello: {target: here, command: [echo, hello]}}\n"
+    )
+    yield path
+    shutil.rmtree(path)
+
+
+def start(home: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "dispatcher.standalone", "--dir", ".dispatcher"),
+            *("--jobs", "jobs.yaml", *options),
+        ],
+        cwd=home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def told(home: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
+    path = home / ".dispatcher" / "standalone.json"
+    until(lambda: path.exists() or process.poll() is not None, within=90)
+    assert process.poll() is None, process.communicate()
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def children_of(home: Path) -> dict[int, str]:
+    """What runs on this directory, by process id."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = entry.joinpath("cmdline").read_bytes().decode().split("\0")
+            variables = entry.joinpath("environ").read_bytes().decode(errors="replace")
+            cwd = entry.joinpath("cwd").resolve()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if str(home) in variables or str(home) in " ".join(words) or home in (cwd, *cwd.parents):
+            found[int(entry.name)] = " ".join(words)
+    return found
+
+
+def pid_of(home: Path, words: str) -> int | None:
+    return next((pid for pid, line in children_of(home).items() if words in line), None)
+
+
+def run_hello(addresses: dict[str, Any]) -> str:
+    options = {name: addresses[name] for name in ("database_url", "broker_url", "jobs")}
+    with Dispatcher(**options) as dispatcher:
+        return str(dispatcher.enqueue("hello", ["a", "b", "c"]).wait(timeout=40).state)
+
+
+only_linux = pytest.mark.skipif(sys.platform != "linux", reason="the test reads /proc")
+
+
+@only_linux
+def test_a_standalone_runs_work_restarts_what_dies_and_leaves_nothing(home: Path) -> None:
+    process = start(home, "--no-flower", "--database", "shop", "--workers", "2")
+    try:
+        addresses = told(home, process)
+        assert addresses["pid"] == process.pid
+        assert addresses["flower_url"] is None
+        with psycopg.connect(addresses["databases"]["shop"].replace("+psycopg", "", 1)) as database:
+            assert database.info.dbname == "shop"
+        assert run_hello(addresses) == "succeeded"
+
+        second = start(home, "--no-flower")
+        _, refusal = second.communicate(timeout=30)
+        assert second.returncode == 2
+        assert f"is in use by the standalone process {process.pid}" in refusal
+
+        for name in ("workers.app worker", "bin/postgres -D", "valkey-server"):
+            old = pid_of(home, name)
+            assert old is not None
+            os.kill(old, signal.SIGKILL)
+            until(lambda old=old, name=name: pid_of(home, name) not in (None, old))  # type: ignore[misc] # defaults bind now
+        assert run_hello(addresses) == "succeeded"
+    finally:
+        process.terminate()
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (0, "")
+    for title in ("worker", "Postgres", "Valkey"):
+        assert f"{title} has died; starting it again in 1 s\n" in output
+        assert f"{title} was started again\n" in output
+    assert output.endswith("stopping\nstopped\n")
+    assert children_of(home) == {}
+    assert not (home / ".dispatcher" / "standalone.json").exists()
+
+
+@only_linux
+def test_all_that_a_standalone_started_dies_with_it_and_the_next_one_goes_on(home: Path) -> None:
+    process = start(home)
+    addresses = told(home, process)
+    flower = HTTPConnection(urlsplit(addresses["flower_url"]).netloc, timeout=5)
+    flower.request("GET", "/healthcheck")
+    assert flower.getresponse().read() == b"OK"
+    flower.close()
+    process.kill()
+    process.communicate()
+    until(lambda: children_of(home) == {})
+    process = start(home, "--no-flower")
+    try:
+        assert run_hello(told(home, process)) == "succeeded"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@only_linux
+def test_a_standalone_that_is_stopped_while_it_starts_leaves_nothing(home: Path) -> None:
+    process = start(home, "--no-flower")
+    until(lambda: pid_of(home, "bin/postgres -D") is not None)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert output == "stopped before it was ready\n"
+    assert children_of(home) == {}
+
+
+def test_a_wrong_jobs_file_is_refused_before_anything_is_started(home: Path) -> None:
+    (home / "jobs.yaml").write_text("jobs: {hello: {target: nowhere, command: [echo]}}\n")
+    process = start(home, "--no-flower")
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (2, "")
+    assert "nowhere" in errors
+    assert "Traceback" not in errors
+    assert not (home / ".dispatcher").exists()
+
+
+def test_a_preparation_that_fails_stops_the_start(home: Path) -> None:
+    process = start(home, "--no-flower", "--prepare", "false")
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (2, "")
+    assert errors == "false ended with 1: nothing was started\n"
+    assert children_of(home) == {}
+
+
+def test_a_worker_that_cannot_start_is_reported_with_its_last_words(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISPATCHER_LOG_LEVEL", "LOUD")
+    process = start(home, "--no-flower")
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 4
+    assert "worker ended at once" in errors
+    assert "DISPATCHER_LOG_LEVEL" in errors
+    assert "Traceback" not in errors
+    assert children_of(home) == {}

@@ -1,0 +1,118 @@
+"""Real workers from the command line, on a database and a broker of the test's own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import psycopg
+import pytest
+from dispatcher import Dispatcher
+
+_T = TypeVar("_T")
+ROOT = Path(__file__).parents[1]
+
+
+def until(probe: Callable[[], _T], what: str, seconds: float = 30.0) -> _T:
+    """Wait until the probe says something true, and say what did not happen if it never does."""
+    end = time.monotonic() + seconds
+    while True:
+        found = probe()
+        if found:
+            return found
+        if time.monotonic() > end:
+            pytest.fail(f"not within {seconds:g} s: {what}")
+        time.sleep(0.05)
+
+
+def procfile(name: str) -> list[str]:
+    """The command line of a process type, exactly as it is deployed."""
+    for line in (ROOT / "Procfile").read_text().splitlines():
+        kind, _, command = line.partition(": ")
+        if kind == name:
+            program, *words = shlex.split(command)
+            return [sys.executable, "-m", program, *words]
+    raise AssertionError(name)
+
+
+class Site:
+    """One installation: a folder, a database, a broker, a jobs file and its processes."""
+
+    def __init__(self, folder: Path, database_url: str, broker_url: str) -> None:
+        self.folder = folder
+        self.database_url = database_url
+        self.broker_url = broker_url
+        self.jobs = folder / "jobs.yaml"
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("DISPATCHER_")},
+            "DISPATCHER_DATABASE_URL": database_url,
+            "DISPATCHER_BROKER_URL": broker_url,
+            "DISPATCHER_JOBS": str(self.jobs),
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "default",
+        }
+
+    def write_jobs(self, text: str) -> None:
+        self.jobs.write_text(text.replace("SPOOL", str(self.folder / "spool")))
+
+    def dispatcher(self) -> Dispatcher:
+        return Dispatcher(
+            database_url=self.database_url, broker_url=self.broker_url, jobs=str(self.jobs)
+        )
+
+    def start(self, name: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a process of the Procfile; its output goes to a file in the folder."""
+        log = self.folder / f"{name}-{len(self.processes)}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                procfile(name),
+                cwd=self.folder,
+                env={**self.environment, **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def worker(self, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a worker and wait for its heartbeat."""
+        process = self.start("worker", **environment)
+        until(lambda: self.alive(process), "the worker's first heartbeat")
+        return process
+
+    def alive(self, process: subprocess.Popen[bytes]) -> bool:
+        if process.poll() is not None:
+            pytest.fail(f"a process ended with {process.returncode}:\n{self.logs()}")
+        return bool(
+            self.sql(
+                "SELECT 1 FROM dispatcher.worker WHERE pid = %s AND stopped_at IS NULL", process.pid
+            )
+        )
+
+    def sql(self, statement: str, *values: object) -> list[tuple[object, ...]]:
+        url = self.database_url.replace("postgresql+psycopg:", "postgresql:", 1)
+        with psycopg.connect(url, autocommit=True) as connection:
+            cursor = connection.execute(statement.encode(), values)
+            return cursor.fetchall() if cursor.description else []
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')[-4000:]}"
+            for path in sorted(self.folder.glob("*.log"))
+        )
+
+    def stop(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.kill()
+            process.wait()
