@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from dispatcher import queries, schema
 from dispatcher.config import Config, Settings, load_config, load_settings
-from dispatcher.engine import again, end_finished_batches
+from dispatcher.engine.settler import end_finished_batches
 from dispatcher.errors import (
     ConfigurationError,
     IdempotencyConflict,
@@ -30,7 +30,8 @@ from dispatcher.job import Chunking, Job
 from dispatcher.queries import BatchView, Chunk, Event, Output
 from dispatcher.states import BatchState, CancelKind, ChunkState
 from dispatcher.storage import check_uri
-from dispatcher.store import NewBatch, Store, new_batch_id
+from dispatcher.store import Store, again, new_batch_id
+from dispatcher.store.rows import NewBatch
 from dispatcher.wake import PLAN, Waker
 
 __all__ = ["Batch", "Dispatcher"]

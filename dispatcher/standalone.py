@@ -79,13 +79,21 @@ class Program:
     """A worker, beat or Flower: a command, its variables, and the file that takes its output."""
 
     def __init__(
-        self, title: str, command: Sequence[str], *, env: Mapping[str, str], log_file: Path
+        self,
+        title: str,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        log_file: Path,
+        at_death: signal.Signals = signal.SIGTERM,
     ) -> None:
+        """Name the program; `start` runs it. `at_death` is what it gets if we are killed."""
         self.title = title
         self.command = tuple(command)
         self.log_file = log_file
         self.process: subprocess.Popen[bytes] | None = None
         self._env = env
+        self._at_death = at_death
         self._log_start = 0
 
     @property
@@ -98,7 +106,7 @@ class Program:
         with self.log_file.open("ab") as sink:
             self._log_start = sink.tell()
             self.process = subprocess.Popen(
-                leashed(self.command, at_death=signal.SIGTERM),
+                leashed(self.command, at_death=self._at_death),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -288,7 +296,14 @@ class Standalone:
             self._run_preparation(env)
         began = self._database_time()
         self._programs = [
-            Program(title, command, env=env, log_file=self.logs / f"{title}.log")
+            Program(
+                title,
+                command,
+                env=env,
+                log_file=self.logs / f"{title}.log",
+                # Flower keeps nothing, and waits for a broker that is gone before it ends.
+                at_death=signal.SIGKILL if title == "flower" else signal.SIGTERM,
+            )
             for title, command in self._commands(ports).items()
         ]
         for program in self._programs:

@@ -560,6 +560,10 @@ class NullBackend:
         """
         yield from self.world.logs(handle, task_index, tail, self.settings)
 
+    def clean(self, _now: datetime) -> int:
+        """Keep everything: memory ends with the process."""
+        return 0
+
 
 # --- the contract ---------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from dispatcher.polling import LONGEST, SHORTEST, History, interval
-from dispatcher.store import ExecutionRow
+from dispatcher.store.rows import ExecutionRow
 
 __all__ = ["Watch", "Watched"]
 

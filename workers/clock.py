@@ -35,6 +35,7 @@ TICK: Final = 0.1
 LAUNCH_EVERY: Final = 1.0
 FOLLOW_EVERY: Final = 0.5
 STRAYS_EVERY: Final = 60.0
+CLEAN_EVERY: Final = 600.0
 FORGET_WORKERS: Final = timedelta(days=7)
 CRASHED: Final = 70
 """Exit code where the loop died (EX_SOFTWARE of sysexits.h)."""
@@ -68,7 +69,7 @@ class Clock:
         self._problems: dict[str, str] = {}
         self._checked = False
         targets = run.engine.places
-        self._pool = ThreadPoolExecutor(3 * len(targets) + 1, "turn")
+        self._pool = ThreadPoolExecutor(4 * len(targets) + 1, "turn")
         self._slots = [
             Slot("sweep", partial(steps.sweep, run), run.settings.sweep_interval.total_seconds())
         ]
@@ -82,6 +83,7 @@ class Clock:
                     STRAYS_EVERY,
                     target=name,
                 ),
+                Slot(f"clean {name}", partial(run.engine.clean, name), CLEAN_EVERY, target=name),
             ]
 
     def start(self) -> None:

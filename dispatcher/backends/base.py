@@ -109,7 +109,7 @@ class TaskInput:
     """`args` of the job with its templates filled for this chunk."""
 
     env: Mapping[str, str] = field(default_factory=dict)
-    """`env` of the job with its templates filled, and the `DISPATCH_*` variables of this task."""
+    """`env` of the job with its templates filled. The backend adds the `DISPATCH_*` variables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,4 +264,14 @@ class Backend(Protocol):
 
     def logs(self, handle: Handle, task_index: int, tail: int) -> Iterator[str]:
         """Yield the last `tail` lines that a task wrote, oldest first, without line ends."""
+        ...
+
+    def clean(self, now: datetime) -> int:
+        """Remove what finished executions have left there and nobody needs any more.
+
+        Returns how many were removed; 0 where the provider does that by itself.
+
+        Raises:
+            Unavailable: ask again later.
+        """
         ...

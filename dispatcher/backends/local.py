@@ -304,8 +304,8 @@ class LocalBackend:
             yield "--- stderr ---"
         yield from err
 
-    def clean(self, before: datetime) -> int:
-        """Remove the directories of executions that ended before then; return how many.
+    def clean(self, now: datetime) -> int:
+        """Remove the directories of executions that ended longer than `keep` ago; say how many.
 
         A key whose directory is gone could be launched again: keep them for longer than any
         launcher can sleep.
@@ -315,6 +315,7 @@ class LocalBackend:
         """
         removed = 0
         table = _ProcessTable()
+        before = now - self.settings.keep
         limit = before.timestamp()
         with _os_errors(f"cannot clean the spool {self._spool}"):
             for directory in list(self._executions()):

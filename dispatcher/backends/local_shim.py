@@ -491,7 +491,7 @@ class Supervisor:
         self,
         task: Task,
         program: str,
-        argv: Sequence[str],
+        argv: list[str],
         env: Mapping[str, str],
         sinks: Sequence[int],
         parent: int,

@@ -263,10 +263,15 @@ def start(home: Path, *options: str) -> subprocess.Popen[str]:
 
 def told(home: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
     path = home / ".dispatcher" / "standalone.json"
-    until(lambda: path.exists() or process.poll() is not None, within=90)
+
+    def read() -> dict[str, Any]:
+        # One that was killed leaves its file until the next one starts.
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return found if found.get("pid") == process.pid else {}
+
+    until(lambda: bool(read()) or process.poll() is not None, within=90)
     assert process.poll() is None, process.communicate()
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    return read()
 
 
 def children_of(home: Path) -> dict[int, str]:

@@ -866,9 +866,10 @@ class TestTheSpool:
         place.backend._declare(place.request("unstarted"), place.spool / "unstarted")
         (place.spool / ".new-scrap").mkdir()
         hour = timedelta(hours=1)
-        assert place.backend.clean(datetime.now(UTC) - hour) == 0
+        keep = place.backend.settings.keep
+        assert place.backend.clean(datetime.now(UTC) + keep - hour) == 0
         assert place.report("old").phase is Phase.ENDED
-        assert place.backend.clean(datetime.now(UTC) + hour) == 1
+        assert place.backend.clean(datetime.now(UTC) + keep + hour) == 1
         assert {path.name for path in place.spool.iterdir()} == {"running", "unstarted"}
         assert place.report("old").phase is Phase.ABSENT
         assert place.report("running").phase is Phase.RUNNING

@@ -1,0 +1,366 @@
+"""Launch, which must happen once for each key.
+
+1. `_intend` commits the execution with its key, its attempts and `call_by`;
+2. `call` calls the backend, once, before `call_by` by this process's own clock;
+3. `_record` writes the handle; or that nothing was started; or, if the answer leaves that open,
+   that it is unknown. `look` finds out by the key, and only then may the call be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from datetime import timedelta
+from typing import Final
+
+import sqlalchemy as sa
+import structlog
+
+from dispatcher.backends.base import (
+    Backend,
+    Launched,
+    LaunchRequest,
+    Rejected,
+    TaskReport,
+    Unavailable,
+)
+from dispatcher.config import Target
+from dispatcher.engine.place import Call, Ending, Place, Round, report_breach
+from dispatcher.engine.plans import PlanCache
+from dispatcher.engine.settler import Settler
+from dispatcher.judging import ASKED
+from dispatcher.planning import Waiting, fair_shares, pack
+from dispatcher.requests import Plan, audit_copy, launch_request, new_key
+from dispatcher.states import CancelKind, Outcome
+from dispatcher.store import Conflict, Store
+from dispatcher.store.rows import (
+    ExecutionRow,
+    Intent,
+    WaitingBatch,
+)
+
+__all__ = ["Launcher"]
+
+log = structlog.get_logger(__name__)
+
+UNLIMITED: Final = 1_000_000
+
+
+class Launcher:
+    """Launches due chunks, and clears up launches whose answer was lost."""
+
+    def __init__(
+        self,
+        store: Store,
+        plans: PlanCache,
+        settler: Settler,
+        *,
+        concurrency: int,
+        window: timedelta,
+        monotonic: Callable[[], float],
+        roll: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._plans = plans
+        self._settler = settler
+        self._concurrency = concurrency
+        self._window = window
+        self._monotonic = monotonic
+        self._roll = roll
+
+    def launch(self, place: Place) -> Round:
+        """Make one round of launches on a target: as many as may be called at once.
+
+        Does nothing if this process is making one already.
+        """
+        if not place.launching.acquire(blocking=False):
+            return Round(0, more=False)
+        try:
+            if not self._store.anything_due(place.target.name):
+                return Round(0, more=False)
+            by = self._monotonic() + self._window.total_seconds()
+            calls = self._intend(place)
+            if calls:
+                self._call(place, calls, by)
+            return Round(len(calls), more=bool(calls))
+        except Conflict as error:
+            log.info("launch met another transaction; tried again at the next turn", why=str(error))
+            return Round(0, more=True)
+        finally:
+            place.launching.release()
+
+    def _intend(self, place: Place) -> list[Call]:
+        """Claim due chunks within every limit, and commit what is about to be asked for."""
+        target, store = place.target, self._store
+        with store.transaction() as tx:
+            row = store.lock_target(tx, target.name)
+            if row is None or (row.home is not None and row.home != place.home):
+                return []
+            if (row.resumes_in or 0.0) > 0.0:
+                return []
+            most_calls = 1 if row.down_calls else self._concurrency
+            tokens = _tokens(target, row.tokens, row.tokens_age, row.pace)
+            if tokens is not None:
+                most_calls = min(most_calls, int(tokens))
+            slots, executions = store.held_by_target(tx, target.name)
+            free = UNLIMITED if target.max_running is None else target.max_running - slots
+            if target.max_executions is not None:
+                most_calls = min(most_calls, target.max_executions - executions)
+            if free <= 0 or most_calls <= 0:
+                return []
+            waiting = store.waiting(tx, target.name, most_calls * place.backend.limits.max_tasks)
+            plans = self._plans.of(tx, [w.batch_id for w in waiting], place)
+            waiting = [w for w in waiting if w.batch_id in plans]
+            sizes = self._share(tx, waiting, plans, free, most_calls)
+            running = store.lock_running(tx, sizes)
+            calls = []
+            for batch_id, packs in sizes.items():
+                if batch_id in running:
+                    calls += self._claim(tx, plans[batch_id], packs, row.instance)
+            if not calls:
+                return []
+            ids = store.intend(
+                tx,
+                target.name,
+                [
+                    Intent(
+                        key=request.key,
+                        batch_id=plan.batch_id,
+                        job_name=plan.job.name,
+                        parallelism=request.parallelism,
+                        request=audit_copy(request),
+                        chunks=tuple((t.chunk_index, t.attempt) for t in request.tasks),
+                    )
+                    for plan, request in calls
+                ],
+                window=self._window,
+            )
+            if tokens is not None:
+                store.take_tokens(tx, target.name, tokens - len(calls))
+        return [Call(ids[request.key], request, plan) for plan, request in calls]
+
+    def _share(
+        self,
+        tx: sa.Connection,
+        waiting: Sequence[WaitingBatch],
+        plans: Mapping[str, Plan],
+        free: int,
+        most_calls: int,
+    ) -> dict[str, list[int]]:
+        """Share slots and calls among waiting batches: the sizes of the packs of each."""
+        room = self._room(tx, waiting, plans)
+        shares = fair_shares(
+            [Waiting(w.batch_id, w.priority, w.due, w.held, room.get(w.batch_id)) for w in waiting],
+            free,
+        )
+        sizes = {
+            w.batch_id: _pack(w.due, shares.get(w.batch_id, 0), plans[w.batch_id]) for w in waiting
+        }
+        calls = fair_shares(
+            [Waiting(w.batch_id, w.priority, len(sizes[w.batch_id]), 0) for w in waiting],
+            most_calls,
+        )
+        return {name: sizes[name][:number] for name, number in calls.items() if number}
+
+    def _room(
+        self, tx: sa.Connection, waiting: Sequence[WaitingBatch], plans: Mapping[str, Plan]
+    ) -> dict[str, int]:
+        """Say how many more slots each batch may take within its own limit and its job's."""
+        room: dict[str, int] = {}
+        limited: dict[str, list[WaitingBatch]] = {}
+        for one in waiting:
+            limits = plans[one.batch_id].job.limits
+            if limits.per_batch is not None:
+                room[one.batch_id] = max(0, limits.per_batch - one.held)
+            if limits.running is not None:
+                limited.setdefault(one.job_name, []).append(one)
+        self._store.lock_jobs(tx, limited)
+        for job_name, batches in sorted(limited.items()):
+            running = min(
+                limit
+                for b in batches
+                if (limit := plans[b.batch_id].job.limits.running) is not None
+            )
+            free = max(0, running - self._store.held_by_job(tx, job_name))
+            shares = fair_shares(
+                [
+                    Waiting(b.batch_id, b.priority, b.due, b.held, room.get(b.batch_id))
+                    for b in batches
+                ],
+                free,
+            )
+            room.update({b.batch_id: shares.get(b.batch_id, 0) for b in batches})
+        return room
+
+    def _claim(
+        self, tx: sa.Connection, plan: Plan, packs: Sequence[int], instance: str
+    ) -> list[tuple[Plan, LaunchRequest]]:
+        """Take due chunks of a batch and write the requests of the executions that hold them."""
+        claimed = self._store.claim(tx, plan.batch_id, sum(packs))
+        items = self._store.items_of(tx, plan.batch_id, [c.chunk_index for c in claimed])
+        requests = []
+        for size in packs:
+            chunks, claimed = claimed[:size], claimed[size:]
+            if chunks:
+                key = new_key(plan.batch_id)
+                requests.append((plan, launch_request(plan, key, instance, chunks, items)))
+        return requests
+
+    def _call(self, place: Place, calls: Sequence[Call], by: float) -> None:
+        """Make launch calls, all at once, and record the answers as they come."""
+        open_calls: dict[Future[Launched], Call] = {
+            place.callers.submit(self._call_one, place.backend, call.request, by): call
+            for call in calls
+        }
+        while open_calls:
+            done, _ = wait(open_calls, return_when=FIRST_COMPLETED)
+            self._record(place, [(open_calls.pop(future), future) for future in done])
+
+    def _call_one(self, backend: Backend, request: LaunchRequest, by: float) -> Launched:
+        """Make one launch call, unless it has become too late for it."""
+        if self._monotonic() >= by:
+            raise _TooLate("the launcher came too late to its own call; nothing was called")
+        return backend.launch(request)
+
+    def _record(self, place: Place, answers: Sequence[tuple[Call, Future[Launched]]]) -> None:
+        """Record what launch calls came to."""
+        launched: list[tuple[Call, Launched]] = []
+        unknown: dict[int, str] = {}
+        postponed: dict[int, tuple[float, str]] = {}
+        rejected: list[Ending] = []
+        for call, future in answers:
+            error = future.exception()
+            if error is None:
+                launched.append((call, future.result()))
+            elif isinstance(error, Rejected):
+                rejected.append(_refused(call.execution_id, len(call.request.tasks), str(error)))
+            elif isinstance(error, Unavailable) and error.not_started:
+                after = error.retry_after.total_seconds() if error.retry_after else 5.0
+                postponed[call.execution_id] = (after * (1.0 + self._roll()), str(error))
+            else:
+                report_breach(error, _TooLate)
+                unknown[call.execution_id] = f"{type(error).__name__}: {error}".rstrip(": ")
+        if launched:
+            self._adopt(place, launched, reason=None)
+            place.came_up()
+        if unknown:
+            self._store.record_unknown(unknown)
+            place.went_down(next(iter(unknown.values())), resume_in=1.0 + 9.0 * self._roll())
+        if postponed:
+            self._store.postpone_calls(postponed)
+        self._set_pace(place, throttled=bool(postponed), answered=bool(launched))
+        if rejected:
+            self._settler.settle(place, rejected)
+
+    def _adopt(
+        self, place: Place, found: Sequence[tuple[Call, Launched]], *, reason: str | None
+    ) -> None:
+        """Record handles; what no row wants any more is a stray, and is cancelled."""
+        moved = self._store.record_launched(
+            [(call.execution_id, launched) for call, launched in found],
+            start_timeouts={
+                call.execution_id: call.plan.times(len(call.request.tasks)) for call, _ in found
+            },
+            reason=reason,
+        )
+        for call, launched in found:
+            if call.execution_id not in moved and self._store.record_stray(
+                place.target.name, launched, "its execution was given up before it was found"
+            ):
+                log.warning("stray", target=place.target.name, handle=launched.handle)
+
+    def _set_pace(self, place: Place, *, throttled: bool, answered: bool) -> None:
+        """Halve the rate of launch calls at a throttling, and let it grow again afterwards."""
+        if place.target.launches_per_minute is None:
+            return
+        if throttled:
+            self._store.pace(place.target.name, 0.5)
+        elif answered:
+            self._store.pace(place.target.name, 1.1)
+
+    def look(self, place: Place, row: ExecutionRow) -> None:
+        """Clear up an unknown launch: found → adopt; not there → end it, or call again."""
+        call = self._call_of(place, row)
+        if call is None:
+            return
+        try:
+            found = place.backend.find(call.request)
+        except Unavailable as error:
+            self._store.postpone_look(row.id, min(30.0, 2.0 * 2 ** min(row.looks, 4)))
+            place.went_down(str(error))
+            return
+        if found is not None:
+            self._adopt(place, [(call, found)], reason="found by its key")
+            return
+        limits = place.backend.limits
+        grace = (limits.call_timeout + limits.find_grace).total_seconds()
+        looks = 1 if limits.relaunch_safe else 2
+        if (row.past_call_by or 0.0) <= grace or row.looks + 1 < looks:
+            self._store.looked(row.id, min(10.0, 1.0 * 2 ** min(row.looks, 4)))
+        elif row.cancel_kind is not None:
+            rest = ASKED[CancelKind(row.cancel_kind)]
+            self._settler.settle(place, [Ending(row.id, final=True, rest=rest)])
+        else:
+            self._repeat(place, row, call, "not found by its key")
+
+    def call_again(self, place: Place, row: ExecutionRow) -> None:
+        """Call again after the provider clearly refused for a while."""
+        call = self._call_of(place, row)
+        if call is not None:
+            self._repeat(place, row, call, "the wait that the provider asked for is over")
+
+    def _repeat(self, place: Place, row: ExecutionRow, call: Call, reason: str) -> None:
+        """Call once more under the same key."""
+        by = self._monotonic() + self._window.total_seconds()
+        if self._store.call_again(row.id, old=row.state, window=self._window, reason=reason):
+            self._call(place, [call], by)
+
+    def _call_of(self, place: Place, row: ExecutionRow) -> Call | None:
+        """Write the request of an execution again, from its rows."""
+        if row.batch_id is None:
+            return None
+        with self._store.transaction() as tx:
+            instance = self._store.instance(tx)
+            plans = self._plans.of(tx, [row.batch_id], place)
+            chunks = self._store.chunks_of(tx, row.id)
+            items = self._store.items_of(tx, row.batch_id, [index for index, _ in chunks])
+        if row.batch_id not in plans:
+            return None
+        plan = plans[row.batch_id]
+        return Call(row.id, launch_request(plan, row.key, instance, chunks, items), plan)
+
+
+class _TooLate(Exception):
+    """A launch was not called because `call_by` had passed."""
+
+
+def _refused(execution_id: int, tasks: int, reason: str) -> Ending:
+    """Say that a launch was refused, and with it every task of it."""
+    return Ending(
+        execution_id,
+        tuple(TaskReport(index, Outcome.REJECTED, reason=reason) for index in range(tasks)),
+        final=True,
+        reason=reason,
+    )
+
+
+def _pack(due: int, slots: int, plan: Plan) -> list[int]:
+    """Say how many chunks go into which executions, so that these hold at most `slots`."""
+    if slots <= 0:
+        return []
+    full, rest = divmod(slots, plan.parallelism)
+    whole = full * plan.max_tasks
+    if due <= whole:
+        return pack(due, plan.max_tasks)
+    return [plan.max_tasks] * full + ([min(rest, due - whole)] if rest else [])
+
+
+def _tokens(target: Target, left: float | None, age: float | None, pace: float) -> float | None:
+    """Say how many launch calls the bucket allows now; None where there is no bucket."""
+    if target.launches_per_minute is None:
+        return None
+    rate = target.launches_per_minute * pace / 60.0
+    burst = max(1.0, 10.0 * rate)
+    if left is None or age is None:
+        return burst
+    return min(burst, left + rate * age)

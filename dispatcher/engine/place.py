@@ -1,0 +1,104 @@
+"""A target as one process serves it, and what passes between the steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Lock
+
+import structlog
+
+from dispatcher.backends.base import (
+    Backend,
+    LaunchRequest,
+    TaskReport,
+    Unavailable,
+)
+from dispatcher.config import Target
+from dispatcher.requests import Plan
+from dispatcher.states import Outcome
+from dispatcher.store import Store
+from dispatcher.watching import Watch
+
+__all__ = ["Call", "Ending", "Place", "Round", "boottime", "report_breach"]
+
+log = structlog.get_logger(__name__)
+
+
+def boottime() -> float:
+    """Read a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+@dataclass(slots=True)
+class Place:
+    """A target as this process serves it."""
+
+    store: Store
+    target: Target
+    backend: Backend
+    home: Mapping[str, str] | None
+    callers: ThreadPoolExecutor
+    readers: ThreadPoolExecutor
+    launching: Lock = field(default_factory=Lock)
+    """Held by the one round of launches that this process makes at a time."""
+
+    following: Lock = field(default_factory=Lock)
+    watch: Watch = field(default_factory=Watch)
+    poll_failures: int = 0
+    down: bool = False
+
+    def went_down(self, reason: str, *, resume_in: float | None = None) -> None:
+        """Record that the target does not answer; hold its launches for a while if asked to."""
+        self.down = True
+        self.store.target_down(self.target.name, reason, resume_in=resume_in)
+
+    def came_up(self) -> None:
+        """Record that the target answers again."""
+        if self.down:
+            self.down = False
+            self.store.target_up(self.target.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A launch that is committed and about to be made."""
+
+    execution_id: int
+    request: LaunchRequest
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a round of launches did."""
+
+    calls: int
+    more: bool
+    """Whether there may be more to launch at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What is known to have ended of one execution."""
+
+    execution_id: int
+    tasks: tuple[TaskReport, ...] = ()
+    final: bool = False
+    """Nothing of it runs any more; its open attempts are closed too."""
+
+    rest: tuple[Outcome, str] = (
+        Outcome.LOST,
+        "the provider says that it ended, but not how this task did",
+    )
+    """What open attempts are closed with that no task report tells of."""
+
+    reason: str | None = None
+
+
+def report_breach(error: BaseException, *allowed: type[BaseException]) -> None:
+    """Log what a backend may not raise; it is taken for an answer that says nothing."""
+    if not isinstance(error, (Unavailable, *allowed)):
+        log.error("a backend broke its contract", exc_info=error)

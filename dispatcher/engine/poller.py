@@ -1,0 +1,169 @@
+"""Poll: reports on what runs, a page a call, handed to settle as soon as a task has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import structlog
+
+from dispatcher.backends.base import (
+    Handle,
+    Phase,
+    Report,
+    Unavailable,
+)
+from dispatcher.engine.place import Ending, Place, report_breach
+from dispatcher.engine.settler import SETTLE_TASKS, Settler
+from dispatcher.polling import page_interval
+from dispatcher.states import Outcome
+from dispatcher.store import Store
+from dispatcher.watching import Watched
+
+__all__ = ["Poller"]
+
+log = structlog.get_logger(__name__)
+
+
+class Poller:
+    """Asks backends for reports and writes what the rows do not say yet."""
+
+    def __init__(self, store: Store, settler: Settler, monotonic: Callable[[], float]) -> None:
+        self._store = store
+        self._settler = settler
+        self._monotonic = monotonic
+
+    def poll(self, place: Place) -> None:
+        """Ask for reports on what is due for one, a page a call; settle what ended."""
+        store, watch = self._store, place.watch
+        new = watch.keep(store.live_ids(place.target.name))
+        for at in range(0, len(new), 1000):
+            rows = store.executions(new[at : at + 1000])
+            packed = [row.id for row in rows if row.tasks > 1]
+            settled = store.settled_tasks(packed) if packed else {}
+            watch.add(rows, settled, self._monotonic())
+        pages = watch.due(self._monotonic(), place.backend.limits.page_size)
+        if not pages:
+            return
+        watch.pause(self._monotonic() + page_interval(len(pages), place.target.reads_per_minute))
+        polls = {
+            place.readers.submit(place.backend.poll, [one.handle for one in page]): page
+            for page in pages
+        }
+        notes = _Notes()
+        open_polls = set(polls)
+        while open_polls:
+            done, open_polls = wait(open_polls, return_when=FIRST_COMPLETED)
+            for future in done:
+                self._read(place, polls[future], future, notes)
+            if notes.tasks >= SETTLE_TASKS:
+                notes = self._apply(place, notes)
+        self._apply(place, notes)
+
+    def _read(
+        self,
+        place: Place,
+        page: Sequence[Watched],
+        future: Future[Mapping[Handle, Report]],
+        notes: _Notes,
+    ) -> None:
+        """Note what a page of reports says. An error says nothing about any execution."""
+        now = self._monotonic()
+        error = future.exception()
+        if error is not None:
+            report_breach(error)
+            place.poll_failures += 1
+            place.watch.failed(page, now, place.poll_failures)
+            place.went_down(str(error))
+            return
+        place.poll_failures = 0
+        place.came_up()
+        reports = future.result()
+        for one in page:
+            report = reports.get(one.handle)
+            if report is None:
+                place.watch.seen(one, now)
+            elif report.phase is Phase.ABSENT:
+                self._read_absent(place, one, now, notes)
+            else:
+                self._read_present(place, one, report, now, notes)
+
+    def _read_present(
+        self, place: Place, one: Watched, report: Report, now: float, notes: _Notes
+    ) -> None:
+        """Note what a report says that the rows do not say yet."""
+        if one.absent is not None:
+            one.absent = None
+            notes.present.append(one.id)
+        started = report.phase is not Phase.PENDING
+        if started and not one.started and report.phase is not Phase.ENDED:
+            one.started = True
+            notes.started[one.id] = report.started_at
+        ended = tuple(task for task in report.tasks if task.index not in one.settled)
+        final = report.phase is Phase.ENDED
+        if final:
+            place.watch.ended(one, _seconds(report))
+        else:
+            place.watch.seen(one, now)
+            one.settled.update(task.index for task in ended)
+        if ended or final:
+            notes.endings.append(Ending(one.id, ended, final))
+            notes.tasks += len(ended) or 1
+
+    def _read_absent(self, place: Place, one: Watched, now: float, notes: _Notes) -> None:
+        """Give up an execution that stays unknown to the provider, after a last cancel."""
+        if one.absent is None:
+            one.absent = now
+            notes.absent.append(one.id)
+        grace = place.backend.limits.absent_grace.total_seconds()
+        if now - one.absent < grace:
+            one.next_look = now + min(grace, max(1.0, grace / 3))
+            return
+        try:
+            place.backend.cancel(one.handle)
+        except Unavailable as error:
+            log.info("last cancel of an absent execution", handle=one.handle, why=str(error))
+            place.watch.seen(one, now)
+            return
+        place.watch.forget(one.id)
+        reason = "the provider no longer knows it"
+        notes.endings.append(Ending(one.id, final=True, rest=(Outcome.LOST, reason), reason=reason))
+        notes.tasks += one.tasks
+
+    def _apply(self, place: Place, notes: _Notes) -> _Notes:
+        """Write what was noted. What cannot be written now is seen again at the next look."""
+        if notes.present:
+            self._store.mark_present(notes.present)
+        if notes.started:
+            self._store.mark_started(notes.started)
+        if notes.absent:
+            self._store.mark_absent(notes.absent)
+        try:
+            self._settler.settle(place, notes.endings)
+        except BaseException:
+            for ending in notes.endings:
+                place.watch.forget(ending.execution_id)
+            raise
+        return _Notes()
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What a round of reports said that the rows do not say yet."""
+
+    endings: list[Ending] = field(default_factory=list)
+    started: dict[int, datetime | None] = field(default_factory=dict)
+    absent: list[int] = field(default_factory=list)
+    present: list[int] = field(default_factory=list)
+    tasks: int = 0
+
+
+def _seconds(report: Report) -> float | None:
+    """Say how long an execution ran by the provider's times, if it gives them."""
+    began = [task.started_at for task in report.tasks if task.started_at is not None]
+    ended = [task.ended_at for task in report.tasks if task.ended_at is not None]
+    if not began or not ended:
+        return None
+    return max(0.0, (max(ended) - min(began)).total_seconds())

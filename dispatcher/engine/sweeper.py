@@ -1,0 +1,145 @@
+"""Sweep: what a lost message, a crash or a deadline has left behind is found, and done again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Final
+
+import structlog
+
+from dispatcher.backends.base import (
+    Rejected,
+    Unavailable,
+)
+from dispatcher.engine.launcher import Launcher
+from dispatcher.engine.place import Ending, Place, report_breach
+from dispatcher.engine.settler import Settler, end_finished_batches
+from dispatcher.judging import ASKED
+from dispatcher.states import CancelKind
+from dispatcher.store import Store, again
+from dispatcher.store.rows import (
+    ExecutionRow,
+)
+
+__all__ = ["Sweeper"]
+
+log = structlog.get_logger(__name__)
+
+STRAYS_SINCE: Final = timedelta(days=7)
+
+
+class Sweeper:
+    """Does what is due for single executions and for batches."""
+
+    def __init__(
+        self, store: Store, launcher: Launcher, settler: Settler, monotonic: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._launcher = launcher
+        self._settler = settler
+        self._monotonic = monotonic
+
+    def tend(self, place: Place) -> None:
+        """Do what is due for single executions."""
+        name = place.target.name
+        self._store.expire_calls(name)
+        due = self._store.due(name)
+        if not due:
+            return
+        for kind, reason in (
+            (CancelKind.START_TIMEOUT, "no task started within start_timeout"),
+            (CancelKind.TIMEOUT, "ran past its deadline"),
+        ):
+            if kind in due:
+                self._store.cancel_executions([row.id for row in due[kind]], kind, reason)
+        self._settler.settle(
+            place,
+            [
+                Ending(row.id, final=True, rest=ASKED[CancelKind(row.cancel_kind)])
+                for row in due.get("uncalled", ())
+                if row.cancel_kind is not None
+            ],
+        )
+        self._each(place, due.get("look", ()), self._launcher.look)
+        self._each(place, due.get("call", ()), self._launcher.call_again)
+        self._cancel(place, due.get("cancel", ()))
+
+    def _each(
+        self,
+        place: Place,
+        rows: Sequence[ExecutionRow],
+        step: Callable[[Place, ExecutionRow], None],
+    ) -> None:
+        """Take a step for each execution, a few at a time."""
+        for future in [place.readers.submit(step, place, row) for row in rows]:
+            future.result()
+
+    def _cancel(self, place: Place, rows: Sequence[ExecutionRow]) -> None:
+        """Ask for the end of executions, again and again until a report confirms it."""
+        if not rows:
+            return
+        wanted = self._store.cancel_sent(
+            {row.id: min(60.0, 2.0 * 2 ** min(row.cancel_calls, 6)) for row in rows}
+        )
+        handles = [row.handle for row in rows if row.id in wanted and row.handle is not None]
+        failures = [
+            error
+            for future in [place.readers.submit(place.backend.cancel, h) for h in handles]
+            if (error := future.exception()) is not None
+        ]
+        for error in failures:
+            report_breach(error, Rejected)
+        if failures:
+            place.went_down(str(failures[0]))
+        place.watch.hurry(wanted, self._monotonic())
+
+    def batches(self) -> list[str]:
+        """Do again what a lost message or a crash has left undone, over all batches.
+
+        Returns the batches that wait to be planned, for the caller to plan.
+        """
+        for batch_id in self._store.overdue_batches():
+            log.warning("batch deadline passed", batch=batch_id)
+            again(partial(self._expire_batch, batch_id))
+        stalled = self._store.stalled_batches()
+        if stalled:
+            with self._store.transaction() as tx:
+                self._store.lock_batches(tx, stalled)
+                end_finished_batches(self._store, tx, stalled)
+        return self._store.unplanned(20)
+
+    def _expire_batch(self, batch_id: str) -> None:
+        """Cancel a batch whose deadline passed."""
+        with self._store.transaction() as tx:
+            reason = "the batch's deadline passed"
+            self._store.request_cancel(tx, batch_id, CancelKind.BATCH_DEADLINE, reason)
+            end_finished_batches(self._store, tx, [batch_id])
+
+    def strays(self, place: Place) -> None:
+        """Cancel what runs on a target under our label and belongs to no live execution."""
+        target = place.target.name
+        with self._store.transaction() as tx:
+            instance = self._store.instance(tx)
+        since = datetime.now(UTC) - STRAYS_SINCE
+        try:
+            running = list(place.backend.strays(instance, since))
+        except Unavailable as error:
+            place.went_down(str(error))
+            return
+        known = self._store.known_keys([found.key for found in running])
+        for found in running:
+            state, handle = known.get(found.key, ("ended", None))
+            if state == "ended" or (handle is not None and handle != found.handle):
+                reason = "it runs and no open execution owns it"
+                if self._store.record_stray(target, found, reason):
+                    log.warning("stray", target=target, handle=found.handle)
+
+    def clean(self, place: Place) -> int:
+        """Remove what finished executions have left on a target; say how much."""
+        try:
+            return place.backend.clean(datetime.now(UTC))
+        except Unavailable as error:
+            log.info("not cleaned", target=place.target.name, why=str(error))
+            return 0

@@ -1,0 +1,95 @@
+"""One engine, one transaction at a time, one clock; and what the statements share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+import sqlalchemy as sa
+import structlog
+
+from dispatcher import schema
+from dispatcher.errors import DispatcherError, Unreachable
+
+__all__ = ["EXECUTION_COLUMNS", "LIVE", "OPEN", "BaseStore", "Conflict", "again"]
+
+log = structlog.get_logger(__name__)
+
+LIVE: Final = "('intended', 'unknown', 'launched')"
+OPEN: Final = "('pending', 'launching', 'running')"
+DEADLOCK_OR_SERIALIZATION: Final = frozenset({"40P01", "40001"})
+
+EXECUTION_COLUMNS: Final = """
+    e.id, e.key, e.batch_id, e.job_name, e.state, e.stray, e.tasks, e.open_tasks, e.parallelism,
+    e.handle, e.calls, e.looks, e.cancel_kind, e.cancel_sent_at, e.cancel_calls,
+    extract(epoch FROM now() - e.launched_at)::float8, e.started_at IS NOT NULL,
+    extract(epoch FROM now() - e.absent_since)::float8,
+    extract(epoch FROM now() - e.call_by)::float8
+"""
+
+_T = TypeVar("_T")
+
+
+class Conflict(DispatcherError):
+    """Two transactions met in the wrong order; nothing was written and the step may be repeated."""
+
+
+class BaseStore:
+    """The tables behind one SQLAlchemy engine.
+
+    `now` is the SQL expression of the current time; only tests with a clock of their own give
+    another one than the database's `now()`.
+    """
+
+    def __init__(self, engine: sa.Engine, *, actor: str, now: str = "now()") -> None:
+        self.engine = engine
+        self.actor = actor
+        self._now = now
+        self._instance: str | None = None
+        self.sql = functools.cache(self._compile)
+
+    def _compile(self, sql: str) -> sa.TextClause:
+        return sa.text(sql.replace("now()", self._now) if self._now != "now()" else sql)
+
+    @contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        """Open a transaction that commits at the end of the block.
+
+        Raises:
+            Unreachable: the database does not answer.
+            Conflict: a deadlock or a serialization failure; nothing was written.
+        """
+        try:
+            with self.engine.begin() as tx:
+                yield tx
+        except sa.exc.OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) in DEADLOCK_OR_SERIALIZATION:
+                raise Conflict(str(error.orig)) from error
+            url = self.engine.url.render_as_string(hide_password=False)
+            raise Unreachable(schema.unreachable(url, error)) from error
+
+    def run(
+        self, tx: sa.Connection, sql: str, /, **params: Any
+    ) -> sa.CursorResult[*tuple[Any, ...]]:
+        """Execute one statement of this module or of `queries.py`."""
+        return tx.execute(self.sql(sql), params)
+
+    def instance(self, tx: sa.Connection) -> str:
+        """Read the name of this installation, by which providers know what is ours."""
+        if self._instance is None:
+            self._instance = self.run(
+                tx, "SELECT instance FROM dispatcher.installation"
+            ).scalar_one()
+        return self._instance
+
+
+def again(step: Callable[[], _T], tries: int = 5) -> _T:
+    """Take a step again that met another transaction; it has written nothing."""
+    for _ in range(tries - 1):
+        try:
+            return step()
+        except Conflict as error:
+            log.info("met another transaction; again", why=str(error))
+    return step()

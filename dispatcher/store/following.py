@@ -1,0 +1,189 @@
+"""Reads what runs and what is due for it, and writes what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+from dispatcher.states import CancelKind
+from dispatcher.store.base import EXECUTION_COLUMNS, LIVE, BaseStore
+from dispatcher.store.rows import (
+    ExecutionRow,
+)
+
+__all__ = ["FollowStore"]
+
+
+class FollowStore(BaseStore):
+    """Reads what runs and what is due for it, and writes what was seen."""
+
+    def live_ids(self, target: str) -> list[int]:
+        """Read which executions of a target are launched: one array, cheap at ten thousand."""
+        with self.transaction() as tx:
+            ids = self.run(
+                tx,
+                """
+                SELECT array_agg(id) FROM dispatcher.execution
+                WHERE target = :target AND state = 'launched'
+                """,
+                target=target,
+            ).scalar_one()
+            return ids or []
+
+    def executions(self, ids: Sequence[int]) -> list[ExecutionRow]:
+        """Read executions."""
+        with self.transaction() as tx:
+            rows = self.run(
+                tx,
+                f"SELECT {EXECUTION_COLUMNS} FROM dispatcher.execution e "  # noqa: S608 - constant
+                "WHERE e.id = ANY(:ids)",
+                ids=list(ids),
+            )
+            return [ExecutionRow(*row) for row in rows]
+
+    def settled_tasks(self, ids: Sequence[int]) -> dict[int, set[int]]:
+        """Read which tasks of packed executions are settled already."""
+        with self.transaction() as tx:
+            rows = self.run(
+                tx,
+                """
+                SELECT execution_id, array_agg(task_index) FROM dispatcher.attempt
+                WHERE execution_id = ANY(:ids) AND outcome IS NOT NULL GROUP BY execution_id
+                """,
+                ids=list(ids),
+            )
+            return {row[0]: set(row[1]) for row in rows}
+
+    def mark_started(self, started: Mapping[int, datetime | None]) -> None:
+        """Record that executions have started; where the provider says no time, it is now."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.execution e SET started_at = coalesce(n.started_at, now())
+                FROM unnest(CAST(:ids AS bigint[]), CAST(:times AS timestamptz[]))
+                    AS n (id, started_at)
+                WHERE e.id = n.id AND e.state = 'launched' AND e.started_at IS NULL
+                """,
+                ids=list(started),
+                times=list(started.values()),
+            )
+
+    def mark_absent(self, ids: Sequence[int]) -> None:
+        """Record since when the provider does not know executions; the grace counts from there."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                WITH e AS (
+                    UPDATE dispatcher.execution SET absent_since = now()
+                    WHERE id = ANY(:ids) AND state = 'launched' AND absent_since IS NULL
+                    RETURNING id, batch_id
+                )
+                INSERT INTO dispatcher.event (at, actor, kind, batch_id, execution_id, reason)
+                SELECT now(), :actor, 'execution', batch_id, id, 'the provider does not know it'
+                FROM e
+                """,
+                ids=list(ids),
+                actor=self.actor,
+            )
+
+    def mark_present(self, ids: Sequence[int]) -> None:
+        """Take back an absence: it was seen again."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.execution SET absent_since = NULL
+                WHERE id = ANY(:ids) AND absent_since IS NOT NULL
+                """,
+                ids=list(ids),
+            )
+
+    def cancel_executions(self, ids: Sequence[int], kind: CancelKind, reason: str) -> None:
+        """Ask for the end of executions for a reason of their own."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                WITH l AS MATERIALIZED (
+                    SELECT id FROM dispatcher.execution
+                    WHERE id = ANY(:ids) AND state = 'launched' AND cancel_requested_at IS NULL
+                    ORDER BY id FOR UPDATE
+                ), e AS (
+                    UPDATE dispatcher.execution e
+                    SET cancel_requested_at = now(), cancel_kind = :kind, next_cancel_at = now(),
+                        reason = :reason
+                    FROM l WHERE e.id = l.id RETURNING e.id, e.batch_id
+                )
+                INSERT INTO dispatcher.event (at, actor, kind, batch_id, execution_id, reason)
+                SELECT now(), :actor, 'execution', batch_id, id, :reason FROM e
+                """,
+                ids=list(ids),
+                kind=kind,
+                reason=reason,
+                actor=self.actor,
+            )
+
+    def cancel_sent(self, next_in: Mapping[int, float]) -> set[int]:
+        """Write that cancel calls are about to be made, and in how many seconds the next are due.
+
+        Returns the executions that still want it.
+        """
+        with self.transaction() as tx:
+            rows = self.run(
+                tx,
+                """
+                UPDATE dispatcher.execution e
+                SET cancel_sent_at = coalesce(cancel_sent_at, now()),
+                    cancel_calls = cancel_calls + 1,
+                    next_cancel_at = now() + n.next_in * interval '1 second'
+                FROM unnest(CAST(:ids AS bigint[]), CAST(:next_in AS float8[])) AS n (id, next_in)
+                WHERE e.id = n.id AND e.state = 'launched' AND e.cancel_requested_at IS NOT NULL
+                RETURNING e.id
+                """,
+                ids=list(next_in),
+                next_in=list(next_in.values()),
+            )
+            return {row[0] for row in rows}
+
+    def due(self, target: str) -> dict[str, list[ExecutionRow]]:
+        """Find the executions of a target that something is due for, by what it is."""
+        with self.transaction() as tx:
+            rows = self.run(
+                tx,
+                f"""
+                SELECT w.what, {EXECUTION_COLUMNS}
+                FROM dispatcher.execution e CROSS JOIN LATERAL (
+                    SELECT CASE
+                        WHEN e.state = 'unknown' AND e.next_look_at <= now() THEN 'look'
+                        WHEN e.state = 'intended' AND e.call_by IS NULL
+                            AND e.cancel_requested_at IS NOT NULL THEN 'uncalled'
+                        WHEN e.state = 'intended' AND e.next_call_at <= now() THEN 'call'
+                        WHEN e.state = 'launched' AND e.next_cancel_at <= now() THEN 'cancel'
+                        WHEN e.state = 'launched' AND e.cancel_requested_at IS NULL
+                            AND e.started_at IS NULL AND e.start_deadline <= now()
+                            THEN 'start_timeout'
+                        WHEN e.state = 'launched' AND e.cancel_requested_at IS NULL
+                            AND e.deadline <= now() THEN 'timeout'
+                    END AS what
+                ) w
+                WHERE e.target = :target AND e.state IN {LIVE} AND w.what IS NOT NULL
+                ORDER BY e.id LIMIT 1000
+                """,  # noqa: S608 - constants of this module
+                target=target,
+            )
+            found: dict[str, list[ExecutionRow]] = {}
+            for what, *columns in rows:
+                found.setdefault(what, []).append(ExecutionRow(*columns))
+            return found
+
+    def known_keys(self, keys: Sequence[str]) -> dict[str, tuple[str, str | None]]:
+        """Read state and handle of executions by key."""
+        with self.transaction() as tx:
+            rows = self.run(
+                tx,
+                "SELECT key, state, handle FROM dispatcher.execution WHERE key = ANY(:keys)",
+                keys=list(keys),
+            )
+            return {row[0]: (row[1], row[2]) for row in rows}

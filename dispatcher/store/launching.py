@@ -1,0 +1,523 @@
+"""Claims due chunks, writes what is about to be asked of a provider, and what it answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from dispatcher import schema
+from dispatcher.backends.base import Launched
+from dispatcher.store.base import LIVE, BaseStore
+from dispatcher.store.rows import (
+    Claimed,
+    Intent,
+    TargetRow,
+    WaitingBatch,
+)
+
+__all__ = ["LaunchStore"]
+
+
+class LaunchStore(BaseStore):
+    """Claims due chunks, writes what is about to be asked of a provider, and what it answered."""
+
+    def lock_target(self, tx: sa.Connection, name: str) -> TargetRow | None:
+        """Lock the target: whoever counts its slots or takes from its bucket comes one by one."""
+        row = self.run(
+            tx,
+            """
+            SELECT t.home, t.tokens, extract(epoch FROM now() - t.tokens_at)::float8, t.pace,
+                t.down_calls, extract(epoch FROM t.resume_at - now())::float8, i.instance
+            FROM dispatcher.target t CROSS JOIN dispatcher.installation i
+            WHERE t.name = :name FOR UPDATE OF t
+            """,
+            name=name,
+        ).first()
+        return None if row is None else TargetRow(*row)
+
+    def lock_jobs(self, tx: sa.Connection, names: Iterable[str]) -> None:
+        """Lock jobs that have a limit of their own, after the target and by name."""
+        for name in sorted(names):
+            self.run(
+                tx,
+                "SELECT pg_advisory_xact_lock(hashtextextended('dispatcher.job:' || :name, 0))",
+                name=name,
+            )
+
+    def waiting(self, tx: sa.Connection, target: str, most: int) -> list[WaitingBatch]:
+        """Find batches of a target with due chunks, with the slots that they hold now."""
+        rows = self.run(
+            tx,
+            f"""
+            SELECT b.id, b.priority, b.job_name,
+                coalesce((
+                    SELECT sum(least(e.open_tasks, e.parallelism)) FROM dispatcher.execution e
+                    WHERE e.batch_id = b.id AND e.state IN {LIVE}
+                ), 0)::int, d.due
+            FROM dispatcher.batch b CROSS JOIN LATERAL (
+                SELECT count(*)::int AS due FROM (
+                    SELECT 1 FROM dispatcher.chunk c
+                    WHERE c.batch_id = b.id AND c.state = 'pending' AND c.due_at <= now()
+                        AND (c.hold_until IS NULL OR c.hold_until <= now())
+                    LIMIT :most
+                ) AS found
+            ) d
+            WHERE b.target = :target AND b.state = 'running' AND b.cancel_requested_at IS NULL
+                AND b.code_version <= :code_version AND d.due > 0
+            ORDER BY b.priority DESC, b.created_at, b.id LIMIT 1000
+            """,  # noqa: S608 - a constant of this module
+            target=target,
+            most=most,
+            code_version=schema.CODE_VERSION,
+        )
+        return [WaitingBatch(*row) for row in rows]
+
+    def held_by_target(self, tx: sa.Connection, target: str) -> tuple[int, int]:
+        """Count a target's slots and live executions, from the rows: nothing can leak."""
+        row = self.run(
+            tx,
+            f"""
+            SELECT coalesce(sum(least(open_tasks, parallelism)), 0)::int, count(*)::int
+            FROM dispatcher.execution WHERE target = :target AND state IN {LIVE}
+            """,  # noqa: S608 - a constant of this module
+            target=target,
+        ).one()
+        return row[0], row[1]
+
+    def held_by_job(self, tx: sa.Connection, job_name: str) -> int:
+        """Count the slots of a job over all its batches."""
+        held: int = self.run(
+            tx,
+            f"""
+            SELECT coalesce(sum(least(open_tasks, parallelism)), 0)::int
+            FROM dispatcher.execution WHERE job_name = :job_name AND state IN {LIVE}
+            """,  # noqa: S608 - a constant of this module
+            job_name=job_name,
+        ).scalar_one()
+        return held
+
+    def anything_due(self, target: str) -> bool:
+        """Say, without a lock, whether a launch of this target could find a due chunk."""
+        with self.transaction() as tx:
+            found: bool = self.run(
+                tx,
+                """
+                SELECT EXISTS (
+                    SELECT 1 FROM dispatcher.batch b
+                    WHERE b.target = :target AND b.state = 'running'
+                        AND b.cancel_requested_at IS NULL AND EXISTS (
+                            SELECT 1 FROM dispatcher.chunk c
+                            WHERE c.batch_id = b.id AND c.state = 'pending' AND c.due_at <= now()
+                                AND (c.hold_until IS NULL OR c.hold_until <= now())
+                        )
+                )
+                """,
+                target=target,
+            ).scalar_one()
+            return found
+
+    def jobs(
+        self, tx: sa.Connection, batch_ids: Iterable[str]
+    ) -> dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]]:
+        """Read the jobs, params and labels that batches were enqueued with."""
+        rows = self.run(
+            tx,
+            "SELECT id, job, params, labels FROM dispatcher.batch WHERE id = ANY(:ids)",
+            ids=sorted(batch_ids),
+        )
+        return {row[0]: (row[1], row[2], row[3]) for row in rows}
+
+    def take_tokens(self, tx: sa.Connection, target: str, left: float) -> None:
+        """Write what is left in the bucket of launch calls."""
+        self.run(
+            tx,
+            "UPDATE dispatcher.target SET tokens = :left, tokens_at = now() WHERE name = :name",
+            name=target,
+            left=left,
+        )
+
+    def lock_running(self, tx: sa.Connection, batch_ids: Iterable[str]) -> set[str]:
+        """Lock batches that still run and are not being cancelled."""
+        rows = self.run(
+            tx,
+            """
+            SELECT id FROM dispatcher.batch
+            WHERE id = ANY(:ids) AND state = 'running' AND cancel_requested_at IS NULL
+            ORDER BY id FOR NO KEY UPDATE
+            """,
+            ids=sorted(batch_ids),
+        )
+        return {row[0] for row in rows}
+
+    def claim(self, tx: sa.Connection, batch_id: str, most: int) -> list[Claimed]:
+        """pending → launching for due chunks that nobody else is taking; opens a new number."""
+        rows = self.run(
+            tx,
+            """
+            WITH picked AS MATERIALIZED (
+                SELECT batch_id, index FROM dispatcher.chunk
+                WHERE batch_id = :batch_id AND state = 'pending' AND due_at <= now()
+                    AND (hold_until IS NULL OR hold_until <= now())
+                ORDER BY due_at, index LIMIT :most FOR UPDATE SKIP LOCKED
+            )
+            UPDATE dispatcher.chunk c
+            SET state = 'launching', attempts = c.attempts + 1, hold_until = NULL, reason = NULL
+            FROM picked p WHERE c.batch_id = p.batch_id AND c.index = p.index
+            RETURNING c.index, c.attempts
+            """,
+            batch_id=batch_id,
+            most=most,
+        )
+        return sorted(Claimed(*row) for row in rows)
+
+    def items_of(self, tx: sa.Connection, batch_id: str, indexes: Sequence[int]) -> dict[int, str]:
+        """Read the items of chunks, as JSON text."""
+        rows = self.run(
+            tx,
+            """
+            SELECT chunk_index, items::text FROM dispatcher.chunk_items
+            WHERE batch_id = :batch_id AND chunk_index = ANY(:indexes)
+            """,
+            batch_id=batch_id,
+            indexes=list(indexes),
+        )
+        return {row[0]: row[1] for row in rows}
+
+    def intend(
+        self,
+        tx: sa.Connection,
+        target: str,
+        intents: Sequence[Intent],
+        *,
+        window: timedelta,
+    ) -> dict[str, int]:
+        """Write executions as intended, with their attempts; the keys' execution ids come back."""
+        rows = self.run(
+            tx,
+            """
+            WITH e AS (
+                INSERT INTO dispatcher.execution (
+                    key, target, batch_id, job_name, state, tasks, open_tasks, parallelism, request,
+                    worker, intent_at, calls, call_by
+                )
+                SELECT n.key, :target, n.batch_id, n.job_name, 'intended', n.tasks, n.tasks,
+                    n.parallelism, n.request::json, :actor, now(), 1,
+                    now() + CAST(:window AS interval)
+                FROM unnest(
+                    CAST(:keys AS text[]), CAST(:batches AS text[]), CAST(:jobs AS text[]),
+                    CAST(:tasks AS int[]), CAST(:parallelism AS int[]), CAST(:requests AS text[])
+                ) AS n (key, batch_id, job_name, tasks, parallelism, request)
+                RETURNING id, key, batch_id
+            ), v AS (
+                INSERT INTO dispatcher.event (at, actor, kind, batch_id, execution_id, new)
+                SELECT now(), :actor, 'execution', batch_id, id, 'intended' FROM e
+            )
+            SELECT key, id FROM e
+            """,
+            target=target,
+            actor=self.actor,
+            window=window,
+            keys=[i.key for i in intents],
+            batches=[i.batch_id for i in intents],
+            jobs=[i.job_name for i in intents],
+            tasks=[len(i.chunks) for i in intents],
+            parallelism=[i.parallelism for i in intents],
+            requests=[i.request for i in intents],
+        )
+        ids: dict[str, int] = {row[0]: row[1] for row in rows}
+        opened = [
+            (i.batch_id, index, number, ids[i.key], place)
+            for i in intents
+            for place, (index, number) in enumerate(i.chunks)
+        ]
+        batches, chunks, numbers, executions, places = zip(*opened, strict=True)
+        self.run(
+            tx,
+            """
+            WITH n AS (
+                SELECT * FROM unnest(
+                    CAST(:batches AS text[]), CAST(:chunks AS int[]), CAST(:numbers AS int[]),
+                    CAST(:executions AS bigint[]), CAST(:places AS int[])
+                ) AS n (batch_id, chunk_index, number, execution_id, place)
+            ), a AS (
+                INSERT INTO dispatcher.attempt
+                    (batch_id, chunk_index, number, execution_id, task_index, opened_at)
+                SELECT batch_id, chunk_index, number, execution_id, place, now() FROM n
+            )
+            INSERT INTO dispatcher.event
+                (at, actor, kind, batch_id, chunk_index, attempt, execution_id, old, new)
+            SELECT now(), :actor, 'chunk', batch_id, chunk_index, number, execution_id,
+                'pending', 'launching'
+            FROM n
+            """,
+            actor=self.actor,
+            batches=list(batches),
+            chunks=list(chunks),
+            numbers=list(numbers),
+            executions=list(executions),
+            places=list(places),
+        )
+        return ids
+
+    def record_launched(
+        self,
+        launched: Sequence[tuple[int, Launched]],
+        *,
+        start_timeouts: Mapping[int, tuple[timedelta, timedelta]],
+        reason: str | None = None,
+    ) -> set[int]:
+        """intended or unknown → launched, and its chunks launching → running.
+
+        `start_timeouts` gives, for each execution, the time to its start deadline and from there to
+        its deadline. Returns the ids that moved; for one that did not, the engine records a stray
+        unless the row has this handle already.
+        """
+        with self.transaction() as tx:
+            rows = self.run(
+                tx,
+                """
+                WITH n AS (
+                    SELECT * FROM unnest(
+                        CAST(:ids AS bigint[]), CAST(:handles AS text[]),
+                        CAST(:consoles AS text[]), CAST(:logs AS text[]),
+                        CAST(:starts AS interval[]), CAST(:runs AS interval[])
+                    ) AS n (id, handle, console_url, logs_url, start_in, run_in)
+                ), l AS MATERIALIZED (
+                    SELECT e.id, e.state AS old FROM dispatcher.execution e JOIN n USING (id)
+                    WHERE e.state IN ('intended', 'unknown') ORDER BY e.id FOR UPDATE OF e
+                ), e AS (
+                    UPDATE dispatcher.execution e
+                    SET state = 'launched', handle = n.handle, console_url = n.console_url,
+                        logs_url = n.logs_url, launched_at = now(), next_call_at = NULL,
+                        next_look_at = NULL, start_deadline = now() + n.start_in,
+                        deadline = now() + n.start_in + n.run_in, reason = NULL,
+                        next_cancel_at = CASE WHEN e.cancel_requested_at IS NULL THEN NULL
+                            ELSE now() END
+                    FROM n JOIN l USING (id) WHERE e.id = n.id
+                    RETURNING e.id, e.batch_id, l.old
+                ), c AS (
+                    UPDATE dispatcher.chunk c SET state = 'running'
+                    FROM dispatcher.attempt a JOIN e ON e.id = a.execution_id
+                    WHERE a.outcome IS NULL AND c.batch_id = a.batch_id
+                        AND c.index = a.chunk_index AND c.state = 'launching'
+                    RETURNING c.batch_id, c.index, a.number, a.execution_id
+                ), v AS (
+                    INSERT INTO dispatcher.event (
+                        at, actor, kind, batch_id, chunk_index, attempt, execution_id, old, new,
+                        reason
+                    )
+                    SELECT now(), :actor, 'execution', batch_id, NULL::int, NULL::int, id, old,
+                        'launched', :reason
+                    FROM e
+                    UNION ALL
+                    SELECT now(), :actor, 'chunk', batch_id, index, number, execution_id,
+                        'launching', 'running', NULL
+                    FROM c
+                )
+                SELECT id FROM e
+                """,
+                ids=[i for i, _ in launched],
+                handles=[found.handle for _, found in launched],
+                consoles=[found.console_url for _, found in launched],
+                logs=[found.logs_url for _, found in launched],
+                starts=[start_timeouts[i][0] for i, _ in launched],
+                runs=[start_timeouts[i][1] for i, _ in launched],
+                actor=self.actor,
+                reason=reason,
+            )
+            return {row[0] for row in rows}
+
+    def record_stray(self, target: str, found: Launched, reason: str) -> bool:
+        """Write an execution that no open attempt owns, to be cancelled until that is confirmed.
+
+        False if it is known already: the handle belongs to a live row or to a stray of this key.
+        """
+        with self.transaction() as tx:
+            rows = self.run(
+                tx,
+                f"""
+                WITH owner AS (
+                    SELECT id, batch_id, job_name FROM dispatcher.execution WHERE key = :key
+                ), s AS (
+                    INSERT INTO dispatcher.execution (
+                        key, target, batch_id, job_name, state, stray, tasks, open_tasks,
+                        parallelism, handle, console_url, logs_url, intent_at, launched_at,
+                        cancel_requested_at, cancel_kind, next_cancel_at, reason
+                    )
+                    SELECT :key || '/stray/' || md5(:handle), :target,
+                        (SELECT batch_id FROM owner), (SELECT job_name FROM owner), 'launched',
+                        true, 1, 1, 1, :handle, :console_url, :logs_url, now(), now(), now(),
+                        'stray', now(), :reason
+                    WHERE NOT EXISTS (
+                        SELECT 1 FROM dispatcher.execution
+                        WHERE key = :key AND state IN {LIVE}
+                            AND (handle IS NULL OR handle = :handle)
+                    )
+                    ON CONFLICT (key) DO UPDATE
+                    SET state = 'launched', open_tasks = 1, finished_at = NULL, absent_since = NULL,
+                        cancel_requested_at = now(), next_cancel_at = now()
+                    WHERE dispatcher.execution.state = 'ended'
+                    RETURNING id, batch_id
+                ), v AS (
+                    INSERT INTO dispatcher.event
+                        (at, actor, kind, batch_id, execution_id, new, reason)
+                    SELECT now(), :actor, 'execution', batch_id, id, 'launched', :reason FROM s
+                )
+                SELECT id FROM s
+                """,  # noqa: S608 - a constant of this module
+                key=found.key,
+                handle=found.handle,
+                console_url=found.console_url,
+                logs_url=found.logs_url,
+                target=target,
+                actor=self.actor,
+                reason=reason,
+            )
+            return rows.first() is not None
+
+    def record_unknown(self, reasons: Mapping[int, str]) -> None:
+        """intended → unknown: the answer leaves open whether something was started."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                WITH e AS (
+                    UPDATE dispatcher.execution e
+                    SET state = 'unknown', looks = 0, next_look_at = now(), reason = n.reason
+                    FROM unnest(CAST(:ids AS bigint[]), CAST(:reasons AS text[])) AS n (id, reason)
+                    WHERE e.id = n.id AND e.state = 'intended'
+                    RETURNING e.id, e.batch_id, n.reason
+                )
+                INSERT INTO dispatcher.event
+                    (at, actor, kind, batch_id, execution_id, old, new, reason)
+                SELECT now(), :actor, 'execution', batch_id, id, 'intended', 'unknown', reason
+                FROM e
+                """,
+                ids=list(reasons),
+                reasons=list(reasons.values()),
+                actor=self.actor,
+            )
+
+    def postpone_calls(self, postponed: Mapping[int, tuple[float, str]]) -> None:
+        """Keep executions intended and move their next call: the provider clearly refused for now.
+
+        Costs no attempt: the key, the attempts and the chunks stay as they are.
+        """
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                WITH e AS (
+                    UPDATE dispatcher.execution e
+                    SET call_by = NULL, next_call_at = now() + n.seconds * interval '1 second',
+                        reason = n.reason
+                    FROM unnest(
+                        CAST(:ids AS bigint[]), CAST(:seconds AS float8[]), CAST(:reasons AS text[])
+                    ) AS n (id, seconds, reason)
+                    WHERE e.id = n.id AND e.state = 'intended'
+                    RETURNING e.id, e.batch_id, n.reason
+                )
+                INSERT INTO dispatcher.event (at, actor, kind, batch_id, execution_id, reason)
+                SELECT now(), :actor, 'execution', batch_id, id, reason FROM e
+                """,
+                ids=list(postponed),
+                seconds=[seconds for seconds, _ in postponed.values()],
+                reasons=[reason for _, reason in postponed.values()],
+                actor=self.actor,
+            )
+
+    def expire_calls(self, target: str) -> int:
+        """intended → unknown where `call_by` passed: the launcher died, or sleeps."""
+        with self.transaction() as tx:
+            moved = self.run(
+                tx,
+                """
+                WITH e AS (
+                    UPDATE dispatcher.execution
+                    SET state = 'unknown', looks = 0, next_look_at = now(),
+                        reason = 'no answer to the launch call was recorded in time'
+                    WHERE target = :target AND state = 'intended' AND call_by < now()
+                    RETURNING id, batch_id, reason
+                )
+                INSERT INTO dispatcher.event
+                    (at, actor, kind, batch_id, execution_id, old, new, reason)
+                SELECT now(), :actor, 'execution', batch_id, id, 'intended', 'unknown', reason
+                FROM e
+                """,
+                target=target,
+                actor=self.actor,
+            )
+            return moved.rowcount
+
+    def call_again(self, execution_id: int, *, old: str, window: timedelta, reason: str) -> bool:
+        """intended (throttled) or unknown (not found) → intended, with the same key."""
+        with self.transaction() as tx:
+            moved = self.run(
+                tx,
+                """
+                WITH e AS (
+                    UPDATE dispatcher.execution
+                    SET state = 'intended', call_by = now() + CAST(:window AS interval),
+                        next_call_at = NULL, next_look_at = NULL, calls = calls + 1,
+                        worker = :actor, reason = NULL
+                    WHERE id = :id AND state = :old AND cancel_requested_at IS NULL
+                        AND (call_by IS NULL OR call_by < now())
+                    RETURNING id, batch_id
+                ), v AS (
+                    INSERT INTO dispatcher.event
+                        (at, actor, kind, batch_id, execution_id, old, new, reason)
+                    SELECT now(), :actor, 'execution', batch_id, id, :old, 'intended', :reason
+                    FROM e
+                )
+                SELECT id FROM e
+                """,
+                id=execution_id,
+                old=old,
+                window=window,
+                actor=self.actor,
+                reason=reason,
+            )
+            return moved.first() is not None
+
+    def looked(self, execution_id: int, delay: float) -> None:
+        """Count a look that found nothing, and set the next one."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.execution
+                SET looks = looks + 1, next_look_at = now() + :delay * interval '1 second'
+                WHERE id = :id AND state = 'unknown'
+                """,
+                id=execution_id,
+                delay=delay,
+            )
+
+    def postpone_look(self, execution_id: int, delay: float) -> None:
+        """Look again later: the provider could not say. Not a look that found nothing."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.execution
+                SET next_look_at = now() + :delay * interval '1 second'
+                WHERE id = :id AND state = 'unknown'
+                """,
+                id=execution_id,
+                delay=delay,
+            )
+
+    def chunks_of(self, tx: sa.Connection, execution_id: int) -> list[Claimed]:
+        """Read the chunks of an execution by task index, to write its request again."""
+        rows = self.run(
+            tx,
+            """
+            SELECT chunk_index, number FROM dispatcher.attempt
+            WHERE execution_id = :id ORDER BY task_index
+            """,
+            id=execution_id,
+        )
+        return [Claimed(*row) for row in rows]

@@ -1,0 +1,181 @@
+"""Heartbeats of workers; leases, pace and outages of targets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from dispatcher import schema
+from dispatcher.store.base import BaseStore
+
+__all__ = ["LeadStore"]
+
+
+class LeadStore(BaseStore):
+    """Heartbeats of workers; leases, pace and outages of targets."""
+
+    def beat(self, *, host: str, pid: int, version: str, problems: Mapping[str, str]) -> None:
+        """Write this worker's heartbeat."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                INSERT INTO dispatcher.worker
+                    (id, host, pid, version, code_version, problems, started_at, heartbeat_at)
+                VALUES (:id, :host, :pid, :version, :code_version, CAST(:problems AS json), now(),
+                    now())
+                ON CONFLICT (id) DO UPDATE
+                SET heartbeat_at = now(), problems = excluded.problems, stopped_at = NULL
+                """,
+                id=self.actor,
+                host=host,
+                pid=pid,
+                version=version,
+                code_version=schema.CODE_VERSION,
+                problems=json.dumps(dict(problems)),
+            )
+
+    def forget_workers(self, silent: timedelta) -> None:
+        """Drop the rows of workers that stopped or fell silent long ago."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                DELETE FROM dispatcher.worker
+                WHERE heartbeat_at < now() - CAST(:silent AS interval)
+                """,
+                silent=silent,
+            )
+
+    def lease(
+        self,
+        target: str,
+        *,
+        backend: str,
+        limits: Mapping[str, Any],
+        home: Mapping[str, str] | None,
+        lease: timedelta,
+    ) -> str | None:
+        """Take or renew a target's lease; None if it is ours now, else why it is not.
+
+        A target with a home is served only there. When its machine was rebooted or its container
+        restarted, the same host takes over as soon as the old lease has run out.
+        """
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                INSERT INTO dispatcher.target (name, backend, limits, home)
+                VALUES (:name, :backend, CAST(:limits AS json), CAST(:home AS json))
+                ON CONFLICT (name) DO NOTHING
+                """,
+                name=target,
+                backend=backend,
+                limits=json.dumps(dict(limits)),
+                home=None if home is None else json.dumps(dict(home)),
+            )
+            row = self.run(
+                tx,
+                """
+                SELECT home, lease_owner, coalesce(lease_until > now(), false)
+                FROM dispatcher.target WHERE name = :name FOR UPDATE
+                """,
+                name=target,
+            ).one()
+            theirs, owner, leased = row
+            if theirs is not None and (home is None or theirs.get("host") != home.get("host")):
+                return f"target {target} can be served only on host {theirs.get('host')}"
+            if leased and owner != self.actor:
+                return f"target {target} is led by {owner}"
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.target
+                SET lease_until = now() + CAST(:lease AS interval), lease_owner = :actor,
+                    lease_token = lease_token + CASE WHEN lease_owner = :actor THEN 0 ELSE 1 END,
+                    backend = :backend, limits = CAST(:limits AS json), home = CAST(:home AS json)
+                WHERE name = :name
+                """,
+                name=target,
+                backend=backend,
+                limits=json.dumps(dict(limits)),
+                home=None if home is None else json.dumps(dict(home)),
+                lease=lease,
+                actor=self.actor,
+            )
+            return None
+
+    def release(self) -> None:
+        """Give up this worker's leases and say that it stopped, so that others go on at once."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.target SET lease_until = now(), lease_owner = NULL
+                WHERE lease_owner = :actor
+                """,
+                actor=self.actor,
+            )
+            self.run(
+                tx,
+                "UPDATE dispatcher.worker SET stopped_at = now() WHERE id = :actor",
+                actor=self.actor,
+            )
+
+    def target_down(self, name: str, reason: str, *, resume_in: float | None) -> None:
+        """Record that a target does not answer; with `resume_in`, hold its launches that long."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                WITH old AS (
+                    SELECT name FROM dispatcher.target WHERE name = :name AND down_since IS NULL
+                ), t AS (
+                    UPDATE dispatcher.target
+                    SET down_since = coalesce(down_since, now()), down_reason = :reason,
+                        down_calls = down_calls + 1,
+                        resume_at = CASE WHEN CAST(:resume_in AS float8) IS NULL THEN resume_at
+                            ELSE now() + :resume_in * interval '1 second' END
+                    WHERE name = :name
+                )
+                INSERT INTO dispatcher.event (at, actor, kind, old, new, reason)
+                SELECT now(), :actor, 'target', 'up', 'down', name || ': ' || :reason FROM old
+                """,
+                name=name,
+                reason=reason,
+                resume_in=resume_in,
+                actor=self.actor,
+            )
+
+    def target_up(self, name: str) -> None:
+        """Record that a target answers again."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                WITH t AS (
+                    UPDATE dispatcher.target
+                    SET down_since = NULL, down_reason = NULL, down_calls = 0, resume_at = NULL
+                    WHERE name = :name AND down_since IS NOT NULL RETURNING name
+                )
+                INSERT INTO dispatcher.event (at, actor, kind, old, new, reason)
+                SELECT now(), :actor, 'target', 'down', 'up', name FROM t
+                """,
+                name=name,
+                actor=self.actor,
+            )
+
+    def pace(self, name: str, factor: float) -> None:
+        """Shrink (below 1) or grow (above 1) the rate of a target's launch calls."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.target SET pace = least(1, greatest(0.05, pace * :factor))
+                WHERE name = :name
+                """,
+                name=name,
+                factor=factor,
+            )
