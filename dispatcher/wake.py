@@ -70,7 +70,6 @@ def celery_settings(broker_url: str | None) -> dict[str, Any]:
         "accept_content": ["json"],
         "enable_utc": True,
         "timezone": "UTC",
-        "broker_pool_limit": 2,
     }
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import psycopg
 import pytest
+
 from dispatcher import Dispatcher
 
 _T = TypeVar("_T")

@@ -1,7 +1,8 @@
 """Which kinds of backend there are, by name.
 
 A backend's module is imported when a target first names it, so that one that is not used needs no
-package. Other distributions add theirs under the entry point group `dispatcher.backends`.
+package. Other distributions add theirs under the entry point group `dispatcher.backends`; one's own
+is named by "module:Class".
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def make_backend(target: Target) -> Backend:
 def _entry_point(name: str) -> EntryPoint | None:
     if name in BACKENDS:
         return EntryPoint(name, BACKENDS[name], ENTRY_POINTS)
+    if ":" in name:
+        return EntryPoint(name, name, ENTRY_POINTS)
     return next(iter(entry_points(group=ENTRY_POINTS, name=name)), None)
 
 

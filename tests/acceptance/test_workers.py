@@ -9,8 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from dispatcher import BatchState
 from installation import Site, until
+
+from dispatcher import BatchState
 
 JOBS = """
 targets:

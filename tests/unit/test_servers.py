@@ -21,7 +21,7 @@ from kombu.connection import Connection
 
 from dispatcher import servers
 from dispatcher.errors import ConfigurationError, Unreachable
-from dispatcher.servers import Account, EmbeddedPostgres, EmbeddedValkey
+from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey
 
 only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root changes to another account")
 
@@ -235,29 +235,24 @@ def test_postgres_uses_a_directory_to_which_its_account_is_not_let_through(
 
 
 @only_root
-def test_programs_that_the_account_cannot_read_are_copied_once(
+def test_programs_that_the_account_cannot_read_are_copied_once_and_work_there(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    account = Account(65534, 65534)
-    original = servers._postgres_programs(account)
+    package = servers._postgres_programs(None).parent
     locked = directory / "locked"
-    shutil.copytree(original / "bin", locked / "bin")
-    shutil.copytree(original / "lib", locked / "lib")
-    shutil.copytree(original / "share", locked / "share")
-    locked.chmod(0o700)
+    locked.mkdir(mode=0o700)
+    shutil.copytree(package, locked / package.name, ignore=shutil.ignore_patterns("pginstall"))
+    shutil.copytree(servers._libraries(package), servers._libraries(locked / package.name))
+    (locked / package.name / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(locked))
     monkeypatch.setattr(servers, "SHARED_CACHE", directory / "cache")
-    assert not servers._can_reach(locked / "bin" / "postgres", account)
-    copy = servers._readable_copy(locked)
-    assert servers._can_reach(copy / "bin" / "postgres", account)
-    assert servers._readable_copy(locked) == copy
-    assert [entry.name for entry in (directory / "cache").iterdir()] == [copy.name]
-    version = subprocess.run(
-        servers.leashed([copy / "bin/postgres", "-V"], at_death=signal.SIGTERM, account=account),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert version.stdout.startswith("postgres (PostgreSQL) 18")
+    for name in ("first", "second"):
+        with EmbeddedPostgres(directory / name, fsync=False) as server, connect(server) as database:
+            assert database.execute("SELECT 1").fetchone() == (1,)
+            assert server.process
+            program = Path(f"/proc/{server.process.pid}/exe").readlink()
+            assert program.is_relative_to(directory / "cache")
+    assert len(list((directory / "cache").iterdir())) == 1
 
 
 def test_valkey_keeps_its_keys_over_a_restart_and_drops_none_when_full(directory: Path) -> None:

@@ -1,0 +1,255 @@
+"""Everything that an installation needs, looked at once: what `dispatcher check` says.
+
+Each finding says what is right or wrong and, where something is to be done, what. Nothing is
+changed by looking.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal, Protocol
+from urllib.parse import parse_qs, urlsplit
+
+import redis
+
+from dispatcher import queries, schema
+from dispatcher.backends.base import Backend, BackendError
+from dispatcher.backends.registry import make_backend
+from dispatcher.config import Config, Settings, load_config, load_settings
+from dispatcher.errors import ConfigurationError, SchemaMismatch, Unreachable
+from dispatcher.queries import TargetView, WorkerView
+from dispatcher.redaction import mask_url
+from dispatcher.store import Store
+
+__all__ = ["Finding", "Told", "check_all", "check_worker", "exit_code", "read_revision"]
+
+BROKER_TIMEOUT: Final = 5.0
+LED_ELSEWHERE: Final = " is led by "
+"""Part of what a worker says of a target that another one leads, which is no problem."""
+
+
+class Told(Protocol):
+    """What the command line was told."""
+
+    @property
+    def database_url(self) -> str | None:
+        """Over the settings' own."""
+        ...
+
+    @property
+    def jobs(self) -> str | None:
+        """Over the settings' own."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the check."""
+
+    name: str
+    """What was looked at: settings, database, broker, jobs, job NAME, workers, target NAME."""
+
+    level: Literal["ok", "warn", "fail"]
+    text: str
+    todo: str | None = None
+    unreachable: bool = False
+    """Whether a server did not answer."""
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """Give 0 if nothing failed, 4 if a server did not answer, else 1."""
+    failed = [finding for finding in findings if finding.level == "fail"]
+    if any(finding.unreachable for finding in failed):
+        return 4
+    return 1 if failed else 0
+
+
+def check_all(told: Told) -> Iterator[Finding]:
+    """Look at the settings, the servers, the jobs file, each job, the workers and the targets."""
+    try:
+        settings = load_settings(database_url=told.database_url, jobs=told.jobs)
+    except ConfigurationError as error:
+        yield Finding("settings", "fail", str(error), "mend them and check again")
+        return
+    yield Finding("settings", "ok", f"events will name {settings.actor}")
+    store = Store(schema.create_engine(settings.database_url, pool_size=2), actor=settings.actor)
+    try:
+        database = _database(settings)
+        yield database
+        yield _broker(settings)
+        config = None
+        if settings.jobs is None:
+            text = "DISPATCHER_JOBS is not set: enqueueing by name and workers need it"
+            yield Finding("jobs", "warn", text, "set it to a YAML file or a Python module")
+        else:
+            try:
+                config = load_config(settings.jobs)
+            except ConfigurationError as error:
+                yield Finding("jobs", "fail", str(error), "mend the file and check again")
+        rows = queries.targets(store) if database.level != "fail" else {}
+        if config is not None:
+            text = f"{len(config.jobs)} jobs on {len(config.targets)} targets in {config.source}"
+            yield Finding("jobs", "ok", text)
+            yield from _jobs(config, rows)
+        if database.level != "fail":
+            yield from _service(queries.workers(store), rows, config)
+    finally:
+        store.engine.dispose()
+
+
+def check_worker(told: Told) -> Iterator[Finding]:
+    """Look whether a worker on this host is alive: for the health check of a container."""
+    try:
+        settings = load_settings(database_url=told.database_url, jobs=told.jobs)
+    except ConfigurationError as error:
+        yield Finding("settings", "fail", str(error), "mend them and check again")
+        return
+    database = _database(settings)
+    if database.level == "fail":
+        yield database
+        return
+    store = Store(schema.create_engine(settings.database_url, pool_size=1), actor=settings.actor)
+    host = socket.gethostname()
+    try:
+        here = [worker for worker in queries.workers(store) if worker.host == host]
+    finally:
+        store.engine.dispose()
+    alive = [worker for worker in here if worker.alive]
+    if alive:
+        yield Finding("worker", "ok", f"{alive[0].id} is alive")
+    else:
+        text = f"no worker on host {host} has been alive for {queries.SILENT} s"
+        yield Finding("worker", "fail", text, "start it again")
+
+
+def read_revision(url: str) -> str | None:
+    """Read the revision of a database; None where nothing was ever migrated.
+
+    Raises:
+        Unreachable: the database does not answer.
+    """
+    store = Store(schema.create_engine(url, pool_size=1), actor="check")
+    try:
+        with store.transaction() as tx:
+            return schema.revision(tx)
+    finally:
+        store.engine.dispose()
+
+
+def _database(settings: Settings) -> Finding:
+    place = mask_url(settings.database_url)
+    store = Store(schema.create_engine(settings.database_url, pool_size=1), actor=settings.actor)
+    try:
+        with store.transaction() as tx:
+            found = schema.revision(tx)
+            schema.check(tx)
+    except Unreachable as error:
+        todo = "start Postgres, or mend DISPATCHER_DATABASE_URL"
+        return Finding("database", "fail", str(error), todo, unreachable=True)
+    except SchemaMismatch as error:
+        return Finding("database", "fail", str(error))
+    finally:
+        store.engine.dispose()
+    ahead = "" if found == schema.REVISION else f", newer than this code's {schema.REVISION}"
+    return Finding("database", "ok", f"{place} answers, at revision {found}{ahead}")
+
+
+def _broker(settings: Settings) -> Finding:
+    url = settings.broker_url
+    if url is None:
+        text = "DISPATCHER_BROKER_URL is not set: workers find new batches a second or two later"
+        return Finding("broker", "warn", text, "set it to wake them at once")
+    place = mask_url(url)
+    scheme = urlsplit(url).scheme
+    if not scheme.startswith("redis"):
+        return Finding("broker", "ok", f"{place} has no server to ask")
+    try:
+        client = _redis(url)
+        try:
+            client.ping()
+        finally:
+            client.close()
+    except (redis.RedisError, OSError, ValueError) as error:
+        text = f"cannot reach the broker at {place}: {error}"
+        todo = "start it, or mend DISPATCHER_BROKER_URL; batches run meanwhile, a second later"
+        return Finding("broker", "fail", text, todo, unreachable=True)
+    return Finding("broker", "ok", f"{place} answers")
+
+
+def _redis(url: str) -> redis.Redis:
+    """Open a client of a broker's URL, which for a socket is written in Celery's way."""
+    parts = urlsplit(url)
+    times = {"socket_timeout": BROKER_TIMEOUT, "socket_connect_timeout": BROKER_TIMEOUT}
+    if parts.scheme != "redis+socket":
+        return redis.Redis.from_url(url, **times)
+    asked = parse_qs(parts.query)
+    database = int(asked.get("virtual_host", ["0"])[0].strip("/") or 0)
+    return redis.Redis(
+        unix_socket_path=parts.path, db=database, password=parts.password, **times
+    )
+
+
+def _jobs(config: Config, rows: dict[str, TargetView]) -> Iterator[Finding]:
+    """Ask each job's backend whether it could run."""
+    backends = {name: make_backend(target) for name, target in config.targets.items()}
+    for job in config.jobs.values():
+        backend = backends[job.target]
+        name = f"job {job.name}"
+        elsewhere = _elsewhere(backend, rows.get(job.target))
+        if elsewhere is not None:
+            text = f"not looked at: only host {elsewhere} can serve target {job.target}"
+            yield Finding(name, "warn", text, "run this check there too")
+            continue
+        try:
+            options = backend.Options.model_validate(job.options)
+            problems = list(backend.check(options, job.command))
+        except BackendError as error:
+            text = f"target {job.target} cannot be asked: {error}"
+            yield Finding(name, "fail", text, unreachable=True)
+            continue
+        for problem in problems:
+            yield Finding(name, "fail", problem, f"mend the job in {config.source}")
+        if not problems:
+            yield Finding(name, "ok", f"can run on target {job.target}")
+
+
+def _elsewhere(backend: Backend, row: TargetView | None) -> str | None:
+    """Name the only host that can serve a target, if that is another one than this."""
+    home = backend.home()
+    if home is None or row is None or row.home is None:
+        return None
+    theirs = row.home.get("host")
+    return None if theirs == home.get("host") else theirs
+
+
+def _service(
+    workers: list[WorkerView], rows: dict[str, TargetView], config: Config | None
+) -> Iterator[Finding]:
+    """Say who is alive, and which targets nobody serves."""
+    alive = [worker for worker in workers if worker.alive]
+    if not alive:
+        text = f"none has been alive for {queries.SILENT} s: nothing moves"
+        todo = "start one, as the Procfile says, or all of it with `dispatcher standalone`"
+        yield Finding("workers", "fail", text, todo)
+        return
+    names = ", ".join(worker.id for worker in alive)
+    yield Finding("workers", "ok", f"{len(alive)} alive: {names}")
+    for name in rows if config is None else config.targets:
+        row = rows.get(name)
+        label = f"target {name}"
+        problems = {
+            worker.problems[name]
+            for worker in alive
+            if name in worker.problems and LED_ELSEWHERE not in worker.problems[name]
+        }
+        if row is None or not row.leased:
+            why = "; ".join(sorted(problems)) or "no worker that is alive has it in its jobs file"
+            todo = "give the workers the same DISPATCHER_JOBS, and restart them"
+            yield Finding(label, "fail", f"nobody serves it: {why}", todo)
+        elif row.down_since is not None:
+            text = f"does not answer since {row.down_since:%Y-%m-%d %H:%M:%SZ}: {row.down_reason}"
+            yield Finding(label, "fail", text, unreachable=True)
+        else:
+            yield Finding(label, "ok", f"is led by {row.lease_owner}")

@@ -1,0 +1,839 @@
+"""What each command does: open the queue, read or act, show the result, give the exit code.
+
+How commands and options are named is `cli.py`'s; how things look is `rendering.py`'s. Nothing here
+is for applications: they use `dispatcher.Dispatcher`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from dispatcher import checking, explaining, logs, queries, rendering, schema, standalone
+from dispatcher.backends.base import Backend, BackendError, Unavailable
+from dispatcher.backends.registry import make_backend
+from dispatcher.cli import Scope
+from dispatcher.client import Batch, Dispatcher
+from dispatcher.config import Config, Settings, load_config, load_settings
+from dispatcher.durations import format_duration
+from dispatcher.errors import (
+    ConfigurationError,
+    InvalidInput,
+    InvalidItems,
+    SchemaMismatch,
+    Unreachable,
+)
+from dispatcher.item_source import run_source
+from dispatcher.items import ItemStream, is_uri, open_items, stream_items
+from dispatcher.job import Chunking, Job
+from dispatcher.moments import read_moment
+from dispatcher.planning import pack, plan_chunks
+from dispatcher.problems import shown
+from dispatcher.queries import Attempt, BatchView, Chunk
+from dispatcher.rendering import Screen, utc_now
+from dispatcher.requests import Plan
+from dispatcher.states import BatchState, ChunkState
+from dispatcher.storage import read_items
+from dispatcher.store import Store
+
+__all__ = [
+    "audit",
+    "batches",
+    "cancel",
+    "check",
+    "db_check",
+    "db_downgrade",
+    "db_upgrade",
+    "enqueue",
+    "explain",
+    "jobs",
+    "logs_of",
+    "retry",
+    "run_standalone",
+    "show",
+    "watch",
+]
+
+MOST_CHUNKS: Final = 50
+"""Chunks that `show` lists of a batch unless it is told to list all."""
+
+LOGS_SHOWN: Final = 5
+"""Failed chunks whose last lines `show` prints."""
+
+LINES_SHOWN: Final = 10
+INTERRUPTED: Final = 130
+FAILED: Final = 1
+UNREACHABLE: Final = 4
+
+FIRST_PAUSE: Final = 0.1
+LONGEST_PAUSE: Final = 1.0
+
+
+@contextmanager
+def _opened(scope: Scope) -> Iterator[tuple[Dispatcher, Screen]]:
+    """Open the queue for one command."""
+    dispatcher = Dispatcher(_settings(scope))
+    with dispatcher:
+        yield dispatcher, Screen(as_json=scope.as_json)
+
+
+def _settings(scope: Scope) -> Settings:
+    settings = load_settings(database_url=scope.database_url, jobs=scope.jobs)
+    # What a library would tell the log of a service is noise to somebody at a terminal.
+    level = settings.level if scope.debug else max(settings.level, logging.WARNING)
+    logs.configure(level, settings.log_format)
+    return settings
+
+
+def _config(scope: Scope) -> Config:
+    """Read the jobs without needing a database."""
+    source = scope.jobs or os.environ.get("DISPATCHER_JOBS") or _settings(scope).jobs
+    if not source:
+        raise ConfigurationError(
+            "no jobs are configured: give --jobs or set DISPATCHER_JOBS, to a YAML file or a "
+            "Python module"
+        )
+    return load_config(source)
+
+
+# --- enqueue --------------------------------------------------------------------------------------
+
+
+def enqueue(
+    scope: Scope,
+    job: str,
+    *,
+    items: str | None,
+    item: Sequence[str],
+    param: Sequence[str],
+    key: str | None,
+    priority: int | None,
+    chunk_size: int | None,
+    label: Sequence[str],
+    wait: bool,
+    dry_run: bool,
+) -> int:
+    """Enqueue a batch, or only say how it would be cut."""
+    if items is not None and item:
+        raise InvalidInput("--items and --item are both given; use one of them")
+    if dry_run:
+        changed = _changed(_config(scope), job, chunk_size)
+        return _dry_run(scope, *changed, _pairs(param, "--param"), items, item)
+    with _opened(scope) as (dispatcher, screen):
+        params = _params(_pairs(param, "--param"), dispatcher.config.job(job))
+        batch = dispatcher.enqueue(
+            job,
+            _given_items(items, item),
+            params=params or None,
+            key=key,
+            priority=priority,
+            chunk_size=chunk_size,
+            labels=_pairs(label, "--label"),
+        )
+        if wait:
+            if not screen.as_json:
+                screen.line(batch.id)
+                sys.stdout.flush()
+            return _wait(dispatcher, screen, batch.id)
+        if screen.as_json:
+            screen.document(rendering.batch_document(batch))
+        else:
+            screen.line(batch.id)
+            screen.note(f"enqueued {job}; `dispatcher watch {batch.id}` follows it")
+    return 0
+
+
+def _given_items(items: str | None, item: Sequence[str]) -> Any:
+    """Give `Dispatcher.enqueue` what the options name."""
+    if items == "-":
+        return map(json.loads, _standard_input())
+    if items is not None:
+        return items
+    return [read_value(text) for text in item] or None
+
+
+def _standard_input() -> ItemStream:
+    if sys.stdin.isatty():
+        sys.stderr.write("reading items: one JSON value a line, ^D at the end\n")
+    return stream_items(sys.stdin.buffer, "jsonl")
+
+
+def _pairs(texts: Iterable[str], option: str) -> dict[str, str]:
+    """Read NAME=VALUE.
+
+    Raises:
+        InvalidInput: one has no "=", no name, or a name that was given before.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise InvalidInput(f"{option} is {shown(text)}; it must be NAME=VALUE")
+        if name in pairs:
+            raise InvalidInput(f"{option} {name} is given twice; leave one out")
+        pairs[name] = value
+    return pairs
+
+
+def read_value(text: str) -> Any:
+    """Read a value of the command line: JSON if it is that, else the text itself.
+
+    So 7 is a number, true a boolean and [1, 2] a list, while abc, 007 and NaN are text. Text that
+    looks like JSON goes in quotes of its own: '"7"'.
+    """
+    try:
+        return from_json(text, allow_inf_nan=False)
+    except ValueError:
+        return text
+
+
+def _params(given: Mapping[str, str], job: Job) -> dict[str, Any]:
+    """Read params as the job's schema types them; what has no type there is read as an item is."""
+    properties = (job.params or {}).get("properties", {})
+    return {name: _param(text, properties.get(name)) for name, text in given.items()}
+
+
+def _param(text: str, schema: Any) -> Any:
+    types = schema.get("type") if isinstance(schema, Mapping) else None
+    if types is None:
+        return read_value(text)
+    allowed = {types} if isinstance(types, str) else set(types)
+    value = read_value(text)
+    fits = {
+        "null": value is None,
+        "boolean": isinstance(value, bool),
+        "integer": isinstance(value, int) and not isinstance(value, bool),
+        "number": isinstance(value, int | float) and not isinstance(value, bool),
+        "array": isinstance(value, list),
+        "object": isinstance(value, dict),
+    }
+    # What fits no type stays text, and the schema's own check says what is wrong with it.
+    return value if any(fits.get(name) for name in allowed) else text
+
+
+def _changed(config: Config, name: str, chunk_size: int | None) -> tuple[Config, Job]:
+    job = config.job(name)
+    if chunk_size is None:
+        return config, job
+    return config, job.model_copy(update={"chunk": Chunking(size=chunk_size)})
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What was seen of the chunks of a plan."""
+
+    items: int = 0
+    chunks: int = 0
+    least: int = 0
+    most: int = 0
+    bytes: int = 0
+    lightest: float | None = None
+    heaviest: float | None = None
+
+
+def _dry_run(
+    scope: Scope,
+    config: Config,
+    job: Job,
+    given: Mapping[str, str],
+    items: str | None,
+    item: Sequence[str],
+) -> int:
+    """Plan as a worker would, and write nothing."""
+    params = job.check_params(_params(given, job))
+    target = config.targets[job.target]
+    backend = make_backend(target)
+    with _stream(job, params, items, item) as stream:
+        seen = _sizes(stream, job, backend)
+    plan = Plan.read("dry-run", job, params, job.labels, backend)
+    packs = pack(seen.chunks, plan.max_tasks)
+    calls_take = (
+        None
+        if target.launches_per_minute is None
+        else max(0.0, len(packs) - 1) * 60.0 / target.launches_per_minute
+    )
+    limits = {
+        "max_running": target.max_running,
+        "max_executions": target.max_executions,
+        "launches_per_minute": target.launches_per_minute,
+        "running": job.limits.running,
+        "per_batch": job.limits.per_batch,
+    }
+    screen = Screen(as_json=scope.as_json)
+    if screen.as_json:
+        screen.document(
+            {
+                "job": job.name,
+                "target": job.target,
+                "params": params,
+                "items": seen.items,
+                "chunks": seen.chunks,
+                "items_per_chunk": {"min": seen.least, "max": seen.most},
+                "weight_per_chunk": {"min": seen.lightest, "max": seen.heaviest},
+                "largest_chunk_bytes": seen.bytes,
+                "executions": len(packs),
+                "tasks_per_execution": {"min": min(packs, default=0), "max": max(packs, default=0)},
+                "parallelism": plan.parallelism,
+                "launch_calls": len(packs),
+                "launch_calls_seconds": calls_take,
+                "limits": limits,
+            }
+        )
+        return 0
+    per_chunk = _range(seen.least, seen.most, "item")
+    if seen.heaviest is not None:
+        per_chunk += f", {job.chunk.balance_by} {seen.lightest:,g} to {seen.heaviest:,g}"
+    screen.line(f"job          {job.name} on target {job.target}")
+    screen.line(f"items        {seen.items:,}")
+    screen.line(f"chunks       {seen.chunks:,}, of {per_chunk}, {seen.bytes:,} bytes at most")
+    screen.line(
+        f"executions   {len(packs):,}, of {_range(min(packs, default=0), max(packs, default=0), 'task')}"
+        f", {plan.parallelism:,} at once"
+    )
+    rate = "" if calls_take is None else f", over {calls_take:,.0f} s at the target's rate"
+    screen.line(f"launch calls {len(packs):,}{rate}")
+    named = ", ".join(f"{name} {value:g}" for name, value in limits.items() if value is not None)
+    screen.line(f"limits       {named or 'none'}")
+    screen.note("nothing was written; retries add launch calls, and limits may make packs smaller")
+    return 0
+
+
+def _range(least: int, most: int, noun: str) -> str:
+    if least == most:
+        return f"{most:,} {noun}{'' if most == 1 else 's'}"
+    return f"{least:,} to {most:,} {noun}s"
+
+
+def _stream(
+    job: Job, params: Mapping[str, Any], items: str | None, item: Sequence[str]
+) -> ItemStream:
+    """Open the items as the planner would."""
+    if items == "-":
+        return _standard_input()
+    if items is not None:
+        return read_items(items) if is_uri(items) else open_items(items)
+    if item:
+        return open_items([read_value(text) for text in item])
+    if job.items is None:
+        raise InvalidItems(
+            f'job "{job.name}" has no item source: give items, or set items.source in the job'
+        )
+    return run_source(job.items.source, params, timeout=job.items.timeout.total_seconds())
+
+
+def _sizes(stream: Iterable[str], job: Job, backend: Backend) -> _Sizes:
+    items = chunks = least = most = size = 0
+    weights: list[float] = []
+    largest = backend.limits.max_payload_bytes
+    for chunk in plan_chunks(stream, job.chunk, max_payload_bytes=largest):
+        items += chunk.count
+        least = min(least, chunk.count) if chunks else chunk.count
+        chunks += 1
+        most, size = max(most, chunk.count), max(size, chunk.bytes)
+        if chunk.weight is not None:
+            weights = [min([chunk.weight, *weights]), max([chunk.weight, *weights])]
+    lightest, heaviest = weights or (None, None)
+    return _Sizes(items, chunks, least, most, size, lightest, heaviest)
+
+
+# --- watch ----------------------------------------------------------------------------------------
+
+
+def watch(scope: Scope, batch: str) -> int:
+    """Follow a batch to its end."""
+    with _opened(scope) as (dispatcher, screen):
+        return _wait(dispatcher, screen, dispatcher.find(batch), every=scope.as_json)
+
+
+def _wait(dispatcher: Dispatcher, screen: Screen, batch_id: str, *, every: bool = False) -> int:
+    """Follow a batch and tell its end; with `every`, JSON has a line for each change."""
+    try:
+        batch = _followed(dispatcher, screen, batch_id, every=every)
+    except KeyboardInterrupt:
+        screen.note(
+            f"batch {batch_id} goes on; `dispatcher watch {batch_id}` follows it, "
+            f"`dispatcher cancel {batch_id}` ends it"
+        )
+        return INTERRUPTED
+    if screen.as_json:
+        screen.json_line(rendering.batch_document(batch))
+    else:
+        screen.line(rendering.summary(batch, utc_now()))
+    if batch.state is BatchState.FAILED:
+        screen.note(
+            f"`dispatcher show --failed {batch_id}` shows what failed, "
+            f"`dispatcher retry --failed {batch_id}` runs it again"
+        )
+    return rendering.exit_code_of(batch.state)
+
+
+def _followed(dispatcher: Dispatcher, screen: Screen, batch_id: str, *, every: bool) -> Batch:
+    pause = FIRST_PAUSE
+    last: dict[str, Any] = {}
+    with screen.following(batch_id) as follower:
+        while True:
+            batch = dispatcher.get(batch_id)
+            follower.show(batch)
+            if batch.finished:
+                return batch
+            document = rendering.batch_document(batch)
+            if every and document != last:
+                screen.json_line(document)
+            last = document
+            time.sleep(pause)
+            pause = min(LONGEST_PAUSE, pause * 1.3)
+
+
+# --- read -----------------------------------------------------------------------------------------
+
+
+def batches(
+    scope: Scope,
+    *,
+    job: str | None,
+    state: str | None,
+    since: str | None,
+    label: str | None,
+    limit: int,
+) -> int:
+    """List batches, newest first."""
+    now = utc_now()
+    pair = next(iter(_pairs([label] if label else [], "--label").items()), None)
+    with _opened(scope) as (dispatcher, screen):
+        found = dispatcher.batches(
+            job=job,
+            state=state,
+            since=None if since is None else read_moment(since, now),
+            label=pair,
+            limit=limit,
+        )
+        if screen.as_json:
+            screen.document([rendering.batch_document(batch) for batch in found])
+        elif found:
+            titles = ("BATCH", "JOB", "STATE", "PROGRESS", "ENQUEUED", "BY", "REASON")
+            screen.table(titles, [rendering.batch_row(batch, now) for batch in found])
+        else:
+            screen.note("no batches")
+    return 0
+
+
+def show(scope: Scope, batch: str, *, items: bool, failed: bool, everything: bool) -> int:
+    """Show a batch and its chunks."""
+    with _opened(scope) as (dispatcher, screen):
+        store = dispatcher.store
+        view = dispatcher.get(dispatcher.find(batch))
+        troubled = queries.troubled(store, view.id)
+        if screen.as_json:
+            chunks = queries.chunks(store, view.id, items=items)
+            screen.document_with_list(
+                rendering.batch_document(view),
+                "chunks",
+                (
+                    rendering.chunk_document(chunk)
+                    for chunk in chunks
+                    if not failed or chunk.index in troubled
+                ),
+            )
+            return 0
+        now = utc_now()
+        for name, text in rendering.header(view, now):
+            screen.line(f"{name:<9} {text}")
+        most = None if everything else MOST_CHUNKS
+        listed = list(islice(_chosen(dispatcher, view, troubled, failed=failed, items=items), most))
+        if listed:
+            screen.line()
+            rows = [row for chunk in listed for row in rendering.attempt_rows(chunk, now)]
+            screen.table(rendering.ATTEMPT_TITLES, rows)
+        total = len(troubled) if failed else view.chunk_count or 0
+        if len(listed) < total:
+            screen.note(
+                f"{len(listed)} of {total:,} chunks are shown, troubled ones first; --all shows all"
+            )
+        elif failed and not listed:
+            screen.note("no chunk has failed")
+        for chunk in listed if items else ():
+            screen.line(f"\nchunk {chunk.index}, items:\n{chunk.items}")
+        _show_logs(screen, view, [chunk for chunk in listed if chunk.index in troubled])
+    return 0
+
+
+def _chosen(
+    dispatcher: Dispatcher, view: BatchView, troubled: set[int], *, failed: bool, items: bool
+) -> Iterator[Chunk]:
+    """Give the chunks to list: all by index if they are few, else the troubled ones first."""
+    store = dispatcher.store
+    if not failed and (view.chunk_count or 0) <= MOST_CHUNKS:
+        yield from queries.chunks(store, view.id, items=items)
+        return
+    for index in sorted(troubled):
+        yield from queries.chunks(store, view.id, index=index, items=items)
+    if failed:
+        return
+    for state in (
+        ChunkState.RUNNING,
+        ChunkState.LAUNCHING,
+        ChunkState.PENDING,
+        ChunkState.CANCELLED,
+        ChunkState.SUCCEEDED,
+    ):
+        for chunk in queries.chunks(store, view.id, states=[state], items=items):
+            if chunk.index not in troubled:
+                yield chunk
+
+
+def _show_logs(screen: Screen, view: BatchView, chunks: Sequence[Chunk]) -> None:
+    """Show the last lines of the first few chunks that ended badly."""
+    told = 0
+    for chunk in chunks:
+        bad = [a for a in chunk.attempts if rendering.is_bad(a.outcome) and a.log_tail]
+        if not bad or told == LOGS_SHOWN:
+            continue
+        told += 1
+        last = bad[-1]
+        screen.line(f"\nchunk {chunk.index}, attempt {last.number}, last lines:")
+        for line in (last.log_tail or "").split("\n")[-LINES_SHOWN:]:
+            screen.line(f"  | {line}")
+    if told:
+        screen.note(f"`dispatcher logs {view.id}/CHUNK` shows more")
+
+
+def _split(ref: str) -> tuple[str, int | None]:
+    """Read BATCH or BATCH/CHUNK."""
+    prefix, slash, number = ref.partition("/")
+    if not slash:
+        return prefix, None
+    if not (number.isascii() and number.isdigit()) or len(number) > len("2147483647"):
+        raise InvalidInput(
+            f"{shown(ref)} names no chunk; write BATCH/CHUNK with the chunk's number from 0, "
+            f"such as {prefix}/0"
+        )
+    return prefix, int(number)
+
+
+def logs_of(scope: Scope, ref: str, *, attempt: int | None, tail: int) -> int:
+    """Show what an attempt wrote."""
+    prefix, index = _split(ref)
+    if index is None:
+        raise InvalidInput(f"{shown(ref)} is a batch; name one of its chunks, such as {ref}/0")
+    with _opened(scope) as (dispatcher, screen):
+        view = dispatcher.get(dispatcher.find(prefix))
+        chunk = explaining.find_chunk(dispatcher.store, view, index)
+        tried = _attempt(view, chunk, attempt)
+        output = _output(dispatcher, view, tried, tail)
+        if screen.as_json:
+            screen.document(
+                {
+                    "batch": view.id,
+                    "chunk": index,
+                    "attempt": tried.number,
+                    "handle": tried.handle,
+                    "console_url": tried.console_url,
+                    "logs_url": tried.logs_url,
+                    "source": output.source,
+                    "problem": output.problem,
+                    "lines": output.lines,
+                }
+            )
+        for line in () if screen.as_json else output.lines:
+            screen.line(line)
+        sys.stdout.flush()
+        if output.problem is not None:
+            kept = "; above is what was kept when it failed" if output.lines else ""
+            screen.note(f"{output.problem}{kept}")
+        elif not output.lines:
+            screen.note(f"attempt {tried.number} of chunk {view.id}/{index} has written nothing")
+        return 0 if output.lines else output.code
+
+
+def _attempt(view: BatchView, chunk: Chunk, number: int | None) -> Attempt:
+    if not chunk.attempts:
+        raise InvalidInput(
+            f"chunk {view.id}/{chunk.index} is {chunk.state} and has no attempt yet; "
+            f"`dispatcher explain {view.id}/{chunk.index}` says why"
+        )
+    if number is None:
+        return chunk.attempts[-1]
+    for attempt in chunk.attempts:
+        if attempt.number == number:
+            return attempt
+    raise InvalidInput(
+        f"chunk {view.id}/{chunk.index} has no attempt {number}; it has 1 to "
+        f"{chunk.attempts[-1].number}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What an attempt wrote, as far as it can be read from here."""
+
+    lines: list[str]
+    source: str
+    """backend, or stored: the lines that were kept in the database."""
+
+    problem: str | None = None
+    code: int = 0
+
+
+def _output(dispatcher: Dispatcher, view: BatchView, attempt: Attempt, tail: int) -> _Output:
+    """Read from the backend; where that cannot be, what was kept in the database."""
+    stored = (attempt.log_tail or "").split("\n")[-tail:] if attempt.log_tail else []
+    if attempt.handle is None:
+        why = f": {attempt.reason}" if attempt.reason else ""
+        problem = f"attempt {attempt.number} has no handle, so nothing of it ran{why}"
+        return _Output(stored, "stored", problem, FAILED)
+    try:
+        target = dispatcher.config.targets.get(view.target)
+    except ConfigurationError as error:
+        return _Output(stored, "stored", f"the target cannot be asked: {error}", FAILED)
+    if target is None:
+        problem = f"target {view.target} is not configured in {dispatcher.config.source}"
+        return _Output(stored, "stored", problem, FAILED)
+    backend = make_backend(target)
+    home = backend.home()
+    row = queries.targets(dispatcher.store).get(view.target)
+    theirs = None if row is None or row.home is None else row.home.get("host")
+    if home is not None and theirs is not None and home.get("host") != theirs:
+        problem = (
+            f"the output is on host {theirs} and this is {home.get('host')}: run this command there"
+        )
+        return _Output(stored, "stored", problem, FAILED)
+    try:
+        lines = list(backend.logs(attempt.handle, attempt.task_index, tail))
+    except BackendError as error:
+        code = UNREACHABLE if isinstance(error, Unavailable) else FAILED
+        return _Output(stored, "stored", f"the output cannot be read: {error}", code)
+    return _Output(lines, "backend") if lines or not stored else _Output(stored, "stored")
+
+
+def explain(scope: Scope, ref: str) -> int:
+    """Say why a batch or a chunk is where it is."""
+    prefix, index = _split(ref)
+    with _opened(scope) as (dispatcher, screen):
+        told = explaining.explain(dispatcher.store, dispatcher.find(prefix), index)
+        if screen.as_json:
+            screen.document({"text": told.text, **told.facts})
+        else:
+            screen.line(told.text)
+    return 0
+
+
+def audit(scope: Scope, batch: str | None, *, since: str | None, until: str | None) -> int:
+    """Stream the audit."""
+    now = utc_now()
+    with _opened(scope) as (dispatcher, screen):
+        lines = queries.audit(
+            dispatcher.store,
+            batch_id=None if batch is None else dispatcher.find(batch),
+            since=None if since is None else read_moment(since, now),
+            until=None if until is None else read_moment(until, now),
+        )
+        for line in lines:
+            if screen.as_json:
+                screen.json_line(rendering.audit_document(line))
+            else:
+                screen.line(rendering.audit_text(line))
+    return 0
+
+
+def jobs(scope: Scope) -> int:
+    """List the configured jobs."""
+    config = _config(scope)
+    screen = Screen(as_json=scope.as_json)
+    if screen.as_json:
+        screen.document([rendering.job_document(job) for job in config.jobs.values()])
+    elif config.jobs:
+        screen.table(rendering.JOB_TITLES, [rendering.job_row(j) for j in config.jobs.values()])
+    else:
+        screen.note(f"no jobs in {config.source}")
+    return 0
+
+
+# --- act ------------------------------------------------------------------------------------------
+
+
+def retry(scope: Scope, batch: str, *, failed: bool) -> int:
+    """Reopen a batch."""
+    with _opened(scope) as (dispatcher, screen):
+        reopened = dispatcher.retry(dispatcher.find(batch), failed_only=failed)
+        if screen.as_json:
+            screen.document(rendering.batch_document(reopened))
+            return 0
+        due = reopened.counts.get(ChunkState.PENDING, 0)
+        what = f"{due:,} chunk{'' if due == 1 else 's'} due again" if due else "to be planned again"
+        screen.line(f"{reopened.id} {reopened.state}: {what}")
+        screen.note(f"`dispatcher watch {reopened.id}` follows it")
+    return 0
+
+
+def cancel(scope: Scope, batch: str, *, wait: bool, reason: str) -> int:
+    """Ask for the end of a batch, and wait for it if told to."""
+    with _opened(scope) as (dispatcher, screen):
+        view = dispatcher.cancel(dispatcher.find(batch), reason)
+        if wait and not view.finished:
+            try:
+                view = _followed(dispatcher, screen, view.id, every=False)
+            except KeyboardInterrupt:
+                screen.note(f"the cancel of batch {view.id} stands and goes on")
+                return INTERRUPTED
+        if screen.as_json:
+            screen.document(rendering.batch_document(view))
+        elif view.finished:
+            screen.line(rendering.summary(view, utc_now()))
+        else:
+            live = view.counts.get(ChunkState.RUNNING, 0) + view.counts.get(ChunkState.LAUNCHING, 0)
+            screen.line(
+                f"{view.id} {view.state}: its cancel is asked for; {live:,} chunks still run and "
+                "are being stopped"
+            )
+        if view.finished and view.state is not BatchState.CANCELLED:
+            screen.note(f"batch {view.id} had {view.state} before it could be cancelled")
+            return FAILED
+    return 0
+
+
+# --- operate --------------------------------------------------------------------------------------
+
+
+def check(scope: Scope, *, worker: bool) -> int:
+    """Look at everything that an installation needs."""
+    screen = Screen(as_json=scope.as_json)
+    findings = checking.check_worker(scope) if worker else checking.check_all(scope)
+    found = []
+    for finding in findings:
+        found.append(finding)
+        if not screen.as_json:
+            screen.line(f"{finding.level:<4}  {finding.name:<9} {finding.text}")
+            if finding.todo:
+                screen.line(f"{'':<15} → {finding.todo}")
+            sys.stdout.flush()
+    code = checking.exit_code(found)
+    if screen.as_json:
+        screen.document({"ok": code == 0, "checks": [asdict(finding) for finding in found]})
+    return code
+
+
+def db_upgrade(scope: Scope) -> int:
+    """Bring the tables to this code's revision."""
+    url = _settings(scope).database_url
+    was = checking.read_revision(url)
+    _refuse_newer(was)
+    schema.upgrade(url)
+    return _tell_revision(scope, was, checking.read_revision(url))
+
+
+def db_check(scope: Scope) -> int:
+    """Compare the tables' revision with this code's."""
+    store = Store(schema.create_engine(_settings(scope).database_url, pool_size=1), actor="check")
+    problem = None
+    try:
+        with store.transaction() as tx:
+            found = schema.revision(tx)
+            schema.check(tx)
+    except SchemaMismatch as error:
+        problem = str(error)
+    finally:
+        store.engine.dispose()
+    screen = Screen(as_json=scope.as_json)
+    if screen.as_json:
+        document = {"ok": problem is None, "revision": found, "needed": schema.REVISION}
+        screen.document({**document, "problem": problem})
+    elif problem is None:
+        screen.line(f"the database is at revision {found}, which fits this code")
+    else:
+        screen.note(f"error: {problem}")
+    return 0 if problem is None else FAILED
+
+
+def db_downgrade(scope: Scope, revision: str, *, yes: bool) -> int:
+    """Bring the tables back to an older revision."""
+    url = _settings(scope).database_url
+    known = [f"{number:04}" for number in range(1, int(schema.REVISION) + 1)]
+    if revision not in {"base", *known}:
+        raise InvalidInput(
+            f"{shown(revision)} is no revision of this code; known: base (no tables at all), "
+            f"{', '.join(known)}"
+        )
+    was = checking.read_revision(url)
+    _refuse_newer(was)
+    if was is None or (revision != "base" and was < revision):
+        raise InvalidInput(
+            f"the database is at revision {was or 'none'}, which is older than {revision}: "
+            "there is nothing to go back to"
+        )
+    if not yes:
+        _confirm(
+            f"Bring the database from revision {was} back to {revision}? What the newer tables "
+            "and columns hold is lost."
+        )
+    schema.downgrade(url, revision)
+    return _tell_revision(scope, was, checking.read_revision(url))
+
+
+def _refuse_newer(found: str | None) -> None:
+    """Leave a database alone whose migrations this code does not have."""
+    if found is not None and found > schema.REVISION:
+        raise SchemaMismatch(
+            f"the database is at revision {found} and this code knows {schema.REVISION} at most: "
+            "use the newer dispatcher that brought it there"
+        )
+
+
+def _confirm(question: str) -> None:
+    """Ask somebody at a terminal.
+
+    Raises:
+        InvalidInput: the answer is no, or nobody is there.
+    """
+    if not sys.stdin.isatty():
+        raise InvalidInput(f"{question} Nobody is there to ask: give --yes to say so")
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
+        raise InvalidInput("nothing was changed")
+
+
+def _tell_revision(scope: Scope, was: str | None, revision: str | None) -> int:
+    screen = Screen(as_json=scope.as_json)
+    if screen.as_json:
+        screen.document({"revision": revision, "was": was})
+    elif was == revision:
+        screen.line(f"the database was at revision {revision or 'none'} already")
+    else:
+        screen.line(f"the database is at revision {revision or 'none'}; it was at {was or 'none'}")
+    return 0
+
+
+def run_standalone(
+    scope: Scope,
+    *,
+    directory: Path | None,
+    flower: bool,
+    workers: int,
+    flower_port: int,
+    postgres_port: int | None,
+    valkey_port: int | None,
+    databases: Sequence[str],
+    prepare: Sequence[str],
+) -> int:
+    """Run everything on this machine until ^C."""
+    return standalone.run(
+        directory,
+        jobs=scope.jobs or os.environ.get("DISPATCHER_JOBS"),
+        flower=flower,
+        workers=workers,
+        ports=standalone.Ports(postgres_port, valkey_port, flower_port),
+        databases=databases,
+        prepare=prepare,
+    )
