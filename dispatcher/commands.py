@@ -18,22 +18,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ValidationError
 from pydantic_core import from_json
 
-from dispatcher import checking, explaining, logs, queries, rendering, schema, standalone
+from dispatcher import checking, explaining, logs, queries, rendering, schema
 from dispatcher.backends.base import Backend, BackendError, Unavailable
 from dispatcher.backends.registry import make_backend
 from dispatcher.cli import Scope
 from dispatcher.client import Batch, Dispatcher
 from dispatcher.config import Config, Settings, load_config, load_settings
-from dispatcher.durations import format_duration
 from dispatcher.errors import (
     ConfigurationError,
     InvalidInput,
     InvalidItems,
     SchemaMismatch,
-    Unreachable,
 )
 from dispatcher.item_source import run_source
 from dispatcher.items import ItemStream, is_uri, open_items, stream_items
@@ -294,14 +291,12 @@ def _dry_run(
         return 0
     per_chunk = _range(seen.least, seen.most, "item")
     if seen.heaviest is not None:
-        per_chunk += f", {job.chunk.balance_by} {seen.lightest:,g} to {seen.heaviest:,g}"
+        per_chunk += f", sums of {job.chunk.balance_by} {seen.lightest:,g} to {seen.heaviest:,g}"
     screen.line(f"job          {job.name} on target {job.target}")
     screen.line(f"items        {seen.items:,}")
     screen.line(f"chunks       {seen.chunks:,}, of {per_chunk}, {seen.bytes:,} bytes at most")
-    screen.line(
-        f"executions   {len(packs):,}, of {_range(min(packs, default=0), max(packs, default=0), 'task')}"
-        f", {plan.parallelism:,} at once"
-    )
+    tasks = _range(min(packs, default=0), max(packs, default=0), "task")
+    screen.line(f"executions   {len(packs):,}, of {tasks}, {plan.parallelism:,} at once")
     rate = "" if calls_take is None else f", over {calls_take:,.0f} s at the target's rate"
     screen.line(f"launch calls {len(packs):,}{rate}")
     named = ", ".join(f"{name} {value:g}" for name, value in limits.items() if value is not None)
@@ -828,6 +823,9 @@ def run_standalone(
     prepare: Sequence[str],
 ) -> int:
     """Run everything on this machine until ^C."""
+    # Imported here: it brings the clients of the servers, which no other command needs.
+    from dispatcher import standalone  # noqa: PLC0415 - as said above
+
     return standalone.run(
         directory,
         jobs=scope.jobs or os.environ.get("DISPATCHER_JOBS"),

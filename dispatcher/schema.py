@@ -196,7 +196,6 @@ chunk = sa.Table(
     _one_of("state", ChunkState),
     _one_of("outcome", Outcome),
     _finished(FINAL_CHUNK),
-    sa.Index("chunk_state", "batch_id", "state"),
     sa.Index(
         "chunk_due",
         "batch_id",

@@ -5,6 +5,10 @@ function that moved nothing returns an empty result, and that is ordinary: a mes
 came late. What is to be moved is decided in `dispatcher/engine`; what people read is in
 `queries.py`.
 
+Where chunks are found by their primary key, their state is compared as `state || ''`: right after a
+plan no statistics tell Postgres that a partial index on the state holds the whole batch, and it
+would go through all of it for each chunk.
+
 Locks are taken in one order everywhere: target, job, batch, execution, chunk, each by id. Time is
 the database's `now()`, the start of the transaction.
 """

@@ -301,8 +301,8 @@ class LaunchStore(BaseStore):
                 ), c AS (
                     UPDATE dispatcher.chunk c SET state = 'running'
                     FROM dispatcher.attempt a JOIN e ON e.id = a.execution_id
-                    WHERE a.outcome IS NULL AND c.batch_id = a.batch_id
-                        AND c.index = a.chunk_index AND c.state = 'launching'
+                    WHERE c.batch_id = a.batch_id AND c.index = a.chunk_index
+                        AND c.attempts = a.number AND c.state || '' = 'launching'
                     RETURNING c.batch_id, c.index, a.number, a.execution_id
                 ), v AS (
                     INSERT INTO dispatcher.event (

@@ -122,7 +122,7 @@ class SettleStore(BaseStore):
             ), old AS MATERIALIZED (
                 SELECT c.batch_id, c.index, c.state FROM dispatcher.chunk c
                 JOIN n ON c.batch_id = n.batch_id AND c.index = n.chunk_index
-                WHERE c.state IN ('launching', 'running')
+                WHERE c.state || '' IN ('launching', 'running')
                 ORDER BY c.batch_id, c.index FOR UPDATE OF c
             ), c AS (
                 UPDATE dispatcher.chunk c
@@ -214,7 +214,8 @@ class SettleStore(BaseStore):
             UPDATE dispatcher.chunk c SET hold_until = NULL
             FROM dispatcher.attempt a
             WHERE a.execution_id = ANY(:ids) AND c.batch_id = a.batch_id
-                AND c.index = a.chunk_index AND c.state = 'pending' AND c.hold_until IS NOT NULL
+                AND c.index = a.chunk_index AND c.state || '' = 'pending'
+                AND c.hold_until IS NOT NULL
                 AND c.attempts = a.number
             """,
             ids=list(execution_ids),

@@ -254,7 +254,6 @@ TABLES = (
     """,
     "CREATE INDEX chunk_due ON dispatcher.chunk (batch_id, due_at, index) WHERE state = 'pending'",
     "CREATE INDEX chunk_open ON dispatcher.chunk (batch_id) WHERE state IN ('launching', 'pending', 'running')",
-    "CREATE INDEX chunk_state ON dispatcher.chunk (batch_id, state)",
     "COMMENT ON COLUMN dispatcher.chunk.size IS 'items in it'",
     "COMMENT ON COLUMN dispatcher.chunk.weight IS 'sum of the field it was balanced by'",
     "COMMENT ON COLUMN dispatcher.chunk.attempts IS 'last number'",
