@@ -246,6 +246,7 @@ class EmbeddedPostgres(EmbeddedServer):
         port: int | None = None,
         fsync: bool = True,
         log_file: Path | None = None,
+        programs: Path | None = None,
     ) -> None:
         """Name the server; `start` makes it.
 
@@ -254,10 +255,12 @@ class EmbeddedPostgres(EmbeddedServer):
             port: a loopback port to listen on, with a password, beside the socket.
             fsync: False only where the data may be lost with the machine: tests.
             log_file: where its output is added; a file beside the directory by default.
+            programs: the tree with `bin/postgres` of another Postgres than the wheel's newest.
         """
         super().__init__(data_dir, port=port, log_file=log_file)
         self.fsync = fsync
         self._account: Account | None = None
+        self._given = programs
         self._programs = Path()
 
     def url(self, database: str) -> str:
@@ -314,12 +317,12 @@ class EmbeddedPostgres(EmbeddedServer):
 
     def _prepare(self) -> None:
         self._account = self._choose_account()
-        self._programs = _postgres_programs(self._account)
+        self._programs = self._given or _postgres_programs(self._account)
         version_file = self.data_dir / "PG_VERSION"
         if not version_file.exists():
             self._initialise()
         major = version_file.read_text().strip()
-        expected = POSTGRES_TREE.removeprefix("pginstall")
+        expected = _major_of(self._programs)
         if major != expected:
             raise ConfigurationError(
                 f"{self.data_dir} holds data of Postgres {major}, and this is Postgres {expected}: "
@@ -526,6 +529,14 @@ def _environment() -> dict[str, str]:
     """Our environment without what would redirect or translate a Postgres program."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
     return kept | {"LC_ALL": "C"}
+
+
+def _major_of(programs: Path) -> str:
+    """Ask the programs for their major version: "postgres (PostgreSQL) 18.4 (…)" says "18"."""
+    said = subprocess.run(
+        [programs / "bin" / "postgres", "--version"], check=True, capture_output=True, text=True
+    ).stdout
+    return said.split()[2].partition(".")[0]
 
 
 def _postgres_programs(account: Account | None) -> Path:
