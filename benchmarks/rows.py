@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,7 @@ class Run:
     calls: float
     cpu: float
     pss: float
+    apart: str = ""
 
     @property
     def p95(self) -> float:
@@ -221,7 +222,7 @@ class Run:
     def __str__(self) -> str:
         return (
             f"makespan {self.makespan:.1f} s, lag p95 {self.p95:.2f} s, "
-            f"calls/chunk {self.calls:.2f}, CPU {self.cpu:.1f} s, PSS {self.pss:.0f} MB"
+            f"calls/chunk {self.calls:.2f}, CPU {self.cpu:.1f} s, PSS {self.pss:.0f} MB{self.apart}"
         )
 
 
@@ -276,7 +277,7 @@ def _floor(stack: Stack, port: int, chunks: int) -> Run:
     pss = peak.close()
     log = stack.folder / f"{stack.processes.index(process)}.log"
     answer = json.loads(log.read_text().splitlines()[-1])
-    return _result(port, answer["began"], answer["noticed"], 0.0, pss)
+    return _result(port, answer["began"], answer["noticed"], answer["cpu"], pss)
 
 
 def _celery(stack: Stack, port: int, chunks: int) -> Run:
@@ -329,11 +330,16 @@ def _ours(stack: Stack, port: int, chunks: int) -> Run:
     _insist(server is not None, "valkey")
     roots = [*(process.pid for process in processes), server.pid]
     time.sleep(2)
+    postgres = stack.postgres.process
+    _insist(postgres is not None, "postgres")
     peak = Peak(roots)
     before = cpu_seconds([p for root in roots for p in family(root)])
+    database_before = cpu_seconds(family(postgres.pid))
     began = time.time()
     batch = dispatcher.enqueue("work", range(chunks)).wait(300)
     cpu = cpu_seconds([p for root in roots for p in family(root)]) - before
+    spent = cpu_seconds(family(postgres.pid)) - database_before
+    apart = f"; Postgres: CPU {spent:.1f} s, PSS {pss_mb(family(postgres.pid)):.0f} MB"
     pss = peak.close()
     _insist(batch.state is BatchState.SUCCEEDED, batch)
     rows = stack.sql(
@@ -343,7 +349,8 @@ def _ours(stack: Stack, port: int, chunks: int) -> Run:
     )
     stack.stop(*processes)
     dispatcher.close()
-    return _result(port, began, {str(key): float(str(at)) for key, at in rows}, cpu, pss)
+    noticed = {str(key): float(str(at)) for key, at in rows}
+    return replace(_result(port, began, noticed, cpu, pss), apart=apart)
 
 
 def _insist(right: object, what: object) -> None:

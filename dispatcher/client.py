@@ -82,7 +82,7 @@ class Dispatcher:
         self._pid = os.getpid()
         self._checked = False
         self._engine = schema.create_engine(
-            self.settings.database_url, pool_size=self.settings.pool_size
+            self.settings.database_url, pool_size=self.settings.pool_size, ping=True
         )
         self._store = Store(self._engine, actor=self.settings.actor)
         self._waker = Waker(self.settings.broker_url)

@@ -6,7 +6,6 @@ is for applications: they use `dispatcher.Dispatcher`.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -155,7 +154,7 @@ def enqueue(
 def _given_items(items: str | None, item: Sequence[str]) -> Any:
     """Give `Dispatcher.enqueue` what the options name."""
     if items == "-":
-        return map(json.loads, _standard_input())
+        return _standard_input()
     if items is not None:
         return items
     return [read_value(text) for text in item] or None

@@ -33,7 +33,7 @@ from dispatcher.retrying import APPLICATION, CAPACITY, INFRASTRUCTURE
 from dispatcher.states import BatchState, CancelKind, ChunkState, Outcome
 from dispatcher.store import Store
 
-__all__ = ["Explanation", "Point", "explain"]
+__all__ = ["Explanation", "Point", "explain", "find_chunk"]
 
 EXAMPLES: Final = 3
 """Chunks and holders of slots that are named; the rest is counted."""
@@ -197,11 +197,11 @@ def _service(case: _Case) -> Iterator[Point]:
     batch, now = case.batch, case.now
     if not case.alive:
         last = max((worker.heartbeat_at for worker in case.workers), default=None)
-        since = "ever" if last is None else f"since {ago(last, now)}"
+        been = "has ever been alive" if last is None else f"has been alive since {ago(last, now)}"
         goes_on = " What runs already runs on." if case.count(ChunkState.RUNNING) else ""
         yield Point(
             "no_worker",
-            f"Nothing moves: no worker has been alive {since}; start one.{goes_on}",
+            f"Nothing moves: no worker {been}; start one.{goes_on}",
             {"last_heartbeat": last},
         )
         return

@@ -190,13 +190,16 @@ def open_items(items: object, *, base: Path | None = None) -> ItemStream:
     """Open what the caller of `enqueue` gave as items: an iterable of JSON values, or a local path.
 
     Args:
-        items: a list or other ordered iterable; or the path of a `.jsonl`, `.csv` or `.txt` file.
+        items: a list or other ordered iterable; the path of a `.jsonl`, `.csv` or `.txt` file; or
+            a stream that is open already.
         base: what a relative path is relative to; the working directory if None.
 
     Raises:
         InvalidItems: it is neither; or the file is missing, unreadable or of an unknown kind.
             What is wrong with a single item is raised when the stream comes to it.
     """
+    if isinstance(items, ItemStream):
+        return items
     if isinstance(items, (str, os.PathLike)):
         return _open_file(os.fspath(items), base)
     values = refuse_non_items(items, "items")

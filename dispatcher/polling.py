@@ -13,7 +13,7 @@ from typing import Final
 
 __all__ = ["LONGEST", "SHORTEST", "History", "interval", "page_interval"]
 
-SHORTEST: Final = 1.0
+SHORTEST: Final = 0.5
 """Seconds between two looks, at least."""
 
 LONGEST: Final = 30.0

@@ -34,6 +34,8 @@ from dispatcher.redaction import redact
 from dispatcher.states import BatchState, ChunkState, Outcome
 
 __all__ = [
+    "ATTEMPT_TITLES",
+    "JOB_TITLES",
     "Follower",
     "Screen",
     "attempt_rows",
@@ -42,11 +44,14 @@ __all__ = [
     "batch_document",
     "batch_row",
     "chunk_document",
+    "exit_code_of",
     "header",
+    "is_bad",
     "job_document",
     "job_row",
     "progress_text",
     "summary",
+    "utc_now",
 ]
 
 _STYLES: Final = {

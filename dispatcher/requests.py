@@ -146,4 +146,4 @@ def audit_copy(request: LaunchRequest) -> str:
             "timeout": request.timeout.total_seconds(),
         },
         ensure_ascii=False,
-    ).replace("\\u0000", "")
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Final
 
 import sqlalchemy as sa
@@ -350,6 +351,7 @@ event = sa.Table(
         "kind IN ('attempt', 'batch', 'chunk', 'execution', 'schedule', 'target')", name="kind"
     ),
     sa.Index("event_batch", "batch_id", "id"),
+    sa.Index("event_at", "at", postgresql_using="brin"),
     comment="append-only: triggers refuse UPDATE, DELETE and TRUNCATE; no foreign keys (retention)",
 )
 
@@ -421,14 +423,18 @@ APPEND_ONLY: Final = (
 """What SQLAlchemy has no words for; the first migration runs it."""
 
 
-def create_engine(url: str, *, pool_size: int = 8) -> sa.Engine:
-    """Make the engine that everything of ours uses: UTC, short connect timeout, checked pool."""
+def create_engine(url: str, *, pool_size: int = 8, ping: bool = False) -> sa.Engine:
+    """Make the engine that everything of ours uses: UTC, and a short connect timeout.
+
+    With `ping`, a pooled connection is tried before it is used, so that a restart of Postgres is
+    not seen by callers. Workers do without: they try again anyway.
+    """
     return sa.create_engine(
         url,
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=30,
-        pool_pre_ping=False,
+        pool_pre_ping=ping,
         pool_use_lifo=True,
         connect_args={
             "connect_timeout": 5,
@@ -436,6 +442,10 @@ def create_engine(url: str, *, pool_size: int = 8) -> sa.Engine:
             "options": "-c timezone=UTC -c idle_in_transaction_session_timeout=600000",
         },
     )
+
+
+_MIGRATING: Final = Lock()
+"""Alembic keeps what it is doing in a global; among processes the database has a lock for it."""
 
 
 def _alembic(url: str) -> AlembicConfig:
@@ -460,7 +470,8 @@ def upgrade(url: str, revision: str = "head") -> None:
     from alembic import command  # noqa: PLC0415 - see _alembic
 
     try:
-        command.upgrade(_alembic(url), revision)
+        with _MIGRATING:
+            command.upgrade(_alembic(url), revision)
     except sa.exc.OperationalError as error:
         raise Unreachable(unreachable(url, error)) from error
 
@@ -474,7 +485,8 @@ def downgrade(url: str, revision: str) -> None:
     from alembic import command  # noqa: PLC0415 - see _alembic
 
     try:
-        command.downgrade(_alembic(url), revision)
+        with _MIGRATING:
+            command.downgrade(_alembic(url), revision)
     except sa.exc.OperationalError as error:
         raise Unreachable(unreachable(url, error)) from error
 

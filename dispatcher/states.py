@@ -88,7 +88,8 @@ class ExecutionState(StrEnum):
     """We hold its handle. Poll and settle move it on when its last task has ended."""
 
     ENDED = "ended"
-    """Nothing of it runs any more, or it was refused, or it is lost. Final."""
+    """Nothing of it runs any more, or it was refused, or it is lost. Final, but for a stray that
+    the provider shows again."""
 
 
 class Outcome(StrEnum):
@@ -212,4 +213,5 @@ EXECUTION_EDGES: Final = (
     Edge(ExecutionState.UNKNOWN, ExecutionState.INTENDED, "call again with the same key"),
     Edge(ExecutionState.UNKNOWN, ExecutionState.ENDED, "settle: not found and cancelled"),
     Edge(ExecutionState.LAUNCHED, ExecutionState.ENDED, "settle its last task"),
+    Edge(ExecutionState.ENDED, ExecutionState.LAUNCHED, "a stray is seen again"),
 )

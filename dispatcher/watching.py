@@ -10,11 +10,15 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from dispatcher.polling import LONGEST, SHORTEST, History, interval
 from dispatcher.store.rows import ExecutionRow
 
 __all__ = ["Watch", "Watched"]
+
+FRESH: Final = 10.0
+"""Seconds for which a look counts as one of this moment."""
 
 
 @dataclass(slots=True)
@@ -98,6 +102,20 @@ class Watch:
         for one in map(self._known.get, ids):
             if one is not None:
                 one.next_look = min(one.next_look, now + SHORTEST)
+
+    def fresh(self, ids: Iterable[int], now: float) -> list[int]:
+        """Name those that were looked at a moment ago; have the others looked at now.
+
+        A deadline is held against an execution only by what the provider says of it: while nobody
+        could look, it may well have started, or ended, in time.
+        """
+        found = []
+        for one in map(self._known.get, ids):
+            if one is not None and one.looked is not None and now - one.looked <= FRESH:
+                found.append(one.id)
+            elif one is not None:
+                one.next_look = now
+        return found
 
     def due(self, now: float, page_size: int) -> list[list[Watched]]:
         """Name the executions to look at now, in pages; the last page is filled with the next ones.

@@ -56,6 +56,9 @@ class Slot:
     target: str | None = None
     """Done only while this target's lease is ours."""
 
+    wakes: Slot | None = None
+    """What is done at once after a step that found something: room was made, so launch."""
+
 
 class Clock:
     """Runs the turns of a worker in threads of its own."""
@@ -74,9 +77,13 @@ class Clock:
             Slot("sweep", partial(steps.sweep, run), run.settings.sweep_interval.total_seconds())
         ]
         for name in targets:
+            launch = Slot(
+                f"launch {name}", partial(steps.launch, run, name), LAUNCH_EVERY, target=name
+            )
+            follow = partial(run.engine.follow, name)
             self._slots += [
-                Slot(f"launch {name}", partial(steps.launch, run, name), LAUNCH_EVERY, target=name),
-                Slot(f"follow {name}", partial(run.engine.follow, name), FOLLOW_EVERY, target=name),
+                launch,
+                Slot(f"follow {name}", follow, FOLLOW_EVERY, target=name, wakes=launch),
                 Slot(
                     f"strays {name}",
                     partial(run.engine.sweep_strays, name),
@@ -124,12 +131,15 @@ class Clock:
             if not slot.running.done():
                 return
             error = slot.running.exception()
+            found = error is None and slot.running.result()
             slot.running = None
             slot.next_at = now + slot.every
             if isinstance(error, DispatcherError):
                 log.warning("turn failed; tried again", turn=slot.name, why=str(error))
             elif error is not None:
                 log.error("turn failed; tried again", turn=slot.name, exc_info=error)
+            elif slot.wakes is not None and found:
+                slot.wakes.next_at = now
         if now < slot.next_at:
             return
         if slot.target is not None and boottime() >= self._leased_until.get(slot.target, 0.0):

@@ -100,17 +100,20 @@ class Engine:
         place = self.places.get(target)
         return Round(0, more=False) if place is None else self._launcher.launch(place)
 
-    def follow(self, target: str) -> None:
+    def follow(self, target: str) -> int:
         """Turn once to all that runs, or may run, on a target: look, call, cancel, time out, poll.
 
-        For the holder of the target's lease; a second one would only double the calls.
+        For the holder of the target's lease; a second one would only double the calls. Returns how
+        many tasks were found to have ended, which leaves room to launch others.
         """
         place = self.places[target]
         if not place.following.acquire(blocking=False):
-            return
+            return 0
         try:
+            # Polled first: a deadline is held only against what was just looked at.
+            ended = self._poller.poll(place)
             self._sweeper.tend(place)
-            self._poller.poll(place)
+            return ended
         finally:
             place.following.release()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
 from datetime import timedelta
 from typing import Final
 
@@ -25,7 +26,7 @@ from dispatcher.backends.base import (
     Unavailable,
 )
 from dispatcher.config import Target
-from dispatcher.engine.place import Call, Ending, Place, Round, report_breach
+from dispatcher.engine.place import Call, Ending, Place, Round, plain, report_breach
 from dispatcher.engine.plans import PlanCache
 from dispatcher.engine.settler import Settler
 from dispatcher.judging import ASKED
@@ -98,6 +99,7 @@ class Launcher:
                 return []
             if (row.resumes_in or 0.0) > 0.0:
                 return []
+            place.down = place.down or row.down_calls > 0  # another worker may have said so
             most_calls = 1 if row.down_calls else self._concurrency
             tokens = _tokens(target, row.tokens, row.tokens_age, row.pace)
             if tokens is not None:
@@ -225,27 +227,33 @@ class Launcher:
     def _record(self, place: Place, answers: Sequence[tuple[Call, Future[Launched]]]) -> None:
         """Record what launch calls came to."""
         launched: list[tuple[Call, Launched]] = []
-        unknown: dict[int, str] = {}
-        postponed: dict[int, tuple[float, str]] = {}
+        unknown: dict[int, tuple[int, str]] = {}
+        postponed: dict[int, tuple[int, float, str]] = {}
         rejected: list[Ending] = []
+        failures: list[str] = []
         for call, future in answers:
             error = future.exception()
             if error is None:
                 launched.append((call, future.result()))
             elif isinstance(error, Rejected):
-                rejected.append(_refused(call.execution_id, len(call.request.tasks), str(error)))
+                rejected.append(_refused(call, plain(str(error))))
             elif isinstance(error, Unavailable) and error.not_started:
                 after = error.retry_after.total_seconds() if error.retry_after else 5.0
-                postponed[call.execution_id] = (after * (1.0 + self._roll()), str(error))
+                after *= 1.0 + self._roll()
+                postponed[call.execution_id] = (call.number, after, plain(str(error)))
             else:
                 report_breach(error, _TooLate)
-                unknown[call.execution_id] = f"{type(error).__name__}: {error}".rstrip(": ")
+                reason = plain(f"{type(error).__name__}: {error}".rstrip(": "))
+                unknown[call.execution_id] = (call.number, reason)
+                if not isinstance(error, _TooLate):
+                    failures.append(reason)
         if launched:
             self._adopt(place, launched, reason=None)
             place.came_up()
         if unknown:
             self._store.record_unknown(unknown)
-            place.went_down(next(iter(unknown.values())), resume_in=1.0 + 9.0 * self._roll())
+        if failures:
+            place.went_down(failures[0], resume_in=1.0 + 9.0 * self._roll())
         if postponed:
             self._store.postpone_calls(postponed)
         self._set_pace(place, throttled=bool(postponed), answered=bool(launched))
@@ -280,8 +288,19 @@ class Launcher:
 
     def look(self, place: Place, row: ExecutionRow) -> None:
         """Clear up an unknown launch: found → adopt; not there → end it, or call again."""
+        limits = place.backend.limits
+        grace = (limits.call_timeout + limits.find_grace).total_seconds()
+        can_be_found = (row.past_call_by or 0.0) <= grace
+        delay = min(10.0, 1.0 * 2 ** min(row.looks, 4))
         call = self._call_of(place, row)
         if call is None:
+            # Its job cannot be read any more, and so its batch was cancelled: nothing can be looked
+            # up. What may run of it is found by its label, as a stray.
+            if can_be_found:
+                self._store.postpone_look(row.id, delay)
+            else:
+                rest = ASKED[CancelKind.INVALID]
+                self._settler.settle(place, [Ending(row.id, final=True, rest=rest)])
             return
         try:
             found = place.backend.find(call.request)
@@ -292,11 +311,9 @@ class Launcher:
         if found is not None:
             self._adopt(place, [(call, found)], reason="found by its key")
             return
-        limits = place.backend.limits
-        grace = (limits.call_timeout + limits.find_grace).total_seconds()
         looks = 1 if limits.relaunch_safe else 2
-        if (row.past_call_by or 0.0) <= grace or row.looks + 1 < looks:
-            self._store.looked(row.id, min(10.0, 1.0 * 2 ** min(row.looks, 4)))
+        if can_be_found or row.looks + 1 < looks:
+            self._store.looked(row.id, delay)
         elif row.cancel_kind is not None:
             rest = ASKED[CancelKind(row.cancel_kind)]
             self._settler.settle(place, [Ending(row.id, final=True, rest=rest)])
@@ -312,8 +329,9 @@ class Launcher:
     def _repeat(self, place: Place, row: ExecutionRow, call: Call, reason: str) -> None:
         """Call once more under the same key."""
         by = self._monotonic() + self._window.total_seconds()
-        if self._store.call_again(row.id, old=row.state, window=self._window, reason=reason):
-            self._call(place, [call], by)
+        number = self._store.call_again(row.id, old=row.state, window=self._window, reason=reason)
+        if number is not None:
+            self._call(place, [replace(call, number=number)], by)
 
     def _call_of(self, place: Place, row: ExecutionRow) -> Call | None:
         """Write the request of an execution again, from its rows."""
@@ -334,13 +352,15 @@ class _TooLate(Exception):
     """A launch was not called because `call_by` had passed."""
 
 
-def _refused(execution_id: int, tasks: int, reason: str) -> Ending:
+def _refused(call: Call, reason: str) -> Ending:
     """Say that a launch was refused, and with it every task of it."""
+    tasks = range(len(call.request.tasks))
     return Ending(
-        execution_id,
-        tuple(TaskReport(index, Outcome.REJECTED, reason=reason) for index in range(tasks)),
+        call.execution_id,
+        tuple(TaskReport(index, Outcome.REJECTED, reason=reason) for index in tasks),
         final=True,
         reason=reason,
+        call=call.number,
     )
 
 

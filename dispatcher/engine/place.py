@@ -22,7 +22,7 @@ from dispatcher.states import Outcome
 from dispatcher.store import Store
 from dispatcher.watching import Watch
 
-__all__ = ["Call", "Ending", "Place", "Round", "boottime", "report_breach"]
+__all__ = ["Call", "Ending", "Place", "Round", "boottime", "plain", "report_breach"]
 
 log = structlog.get_logger(__name__)
 
@@ -48,12 +48,13 @@ class Place:
     following: Lock = field(default_factory=Lock)
     watch: Watch = field(default_factory=Watch)
     poll_failures: int = 0
-    down: bool = False
+    down: bool = True
+    """Whether the row may say that it is down: at first it may, from a worker before this one."""
 
     def went_down(self, reason: str, *, resume_in: float | None = None) -> None:
         """Record that the target does not answer; hold its launches for a while if asked to."""
         self.down = True
-        self.store.target_down(self.target.name, reason, resume_in=resume_in)
+        self.store.target_down(self.target.name, plain(reason), resume_in=resume_in)
 
     def came_up(self) -> None:
         """Record that the target answers again."""
@@ -69,6 +70,8 @@ class Call:
     execution_id: int
     request: LaunchRequest
     plan: Plan
+    number: int = 1
+    """Which of the execution's calls it is: an answer to an earlier one changes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,14 @@ class Ending:
     """What open attempts are closed with that no task report tells of."""
 
     reason: str | None = None
+    call: int | None = None
+    """The number of the launch call that was answered so; None where it is not about a call."""
+
+
+def plain(words: str) -> str:
+    """Write what a provider says in characters that Postgres can keep."""
+    words = words.replace("\0", "\N{REPLACEMENT CHARACTER}")
+    return words.encode(errors="replace").decode()
 
 
 def report_breach(error: BaseException, *allowed: type[BaseException]) -> None:

@@ -35,8 +35,11 @@ class Poller:
         self._settler = settler
         self._monotonic = monotonic
 
-    def poll(self, place: Place) -> None:
-        """Ask for reports on what is due for one, a page a call; settle what ended."""
+    def poll(self, place: Place) -> int:
+        """Ask for reports on what is due for one, a page a call; settle what ended.
+
+        Returns how many tasks were settled.
+        """
         store, watch = self._store, place.watch
         new = watch.keep(store.live_ids(place.target.name))
         for at in range(0, len(new), 1000):
@@ -46,21 +49,23 @@ class Poller:
             watch.add(rows, settled, self._monotonic())
         pages = watch.due(self._monotonic(), place.backend.limits.page_size)
         if not pages:
-            return
+            return 0
         watch.pause(self._monotonic() + page_interval(len(pages), place.target.reads_per_minute))
         polls = {
             place.readers.submit(place.backend.poll, [one.handle for one in page]): page
             for page in pages
         }
-        notes = _Notes()
+        notes, settled_now = _Notes(), 0
         open_polls = set(polls)
         while open_polls:
             done, open_polls = wait(open_polls, return_when=FIRST_COMPLETED)
             for future in done:
                 self._read(place, polls[future], future, notes)
             if notes.tasks >= SETTLE_TASKS:
+                settled_now += notes.tasks
                 notes = self._apply(place, notes)
         self._apply(place, notes)
+        return settled_now + notes.tasks
 
     def _read(
         self,

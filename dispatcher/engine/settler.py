@@ -16,7 +16,7 @@ from dispatcher.backends.base import (
     TaskReport,
     Unavailable,
 )
-from dispatcher.engine.place import Ending, Place
+from dispatcher.engine.place import Ending, Place, plain
 from dispatcher.engine.plans import PlanCache
 from dispatcher.judging import judge, verdict
 from dispatcher.requests import Plan
@@ -72,7 +72,7 @@ class Settler:
             ended: dict[int, str | None] = {}
             for ending in endings:
                 row = executions.get(ending.execution_id)
-                if row is not None:
+                if row is not None and ending.call in (None, row.calls):
                     closings += _closings(row, ending, attempts)
                     if ending.final:
                         ended[row.id] = ending.reason
@@ -157,9 +157,7 @@ class Settler:
             log.info("no log tail", handle=handle, why=str(error))
             return
         if lines:
-            self._store.attach_log(
-                attempt, "\n".join(lines).replace("\0", "\N{REPLACEMENT CHARACTER}")
-            )
+            self._store.attach_log(attempt, plain("\n".join(lines)))
 
 
 def end_finished_batches(store: Store, tx: sa.Connection, batch_ids: Iterable[str]) -> None:
@@ -191,10 +189,10 @@ def _closings(
                     attempt,
                     outcome,
                     task.exit_code,
-                    reason,
+                    None if reason is None else plain(reason),
                     task.started_at,
                     task.ended_at,
-                    task.result_uri,
+                    None if task.result_uri is None else plain(task.result_uri),
                 )
             )
     if ending.final:

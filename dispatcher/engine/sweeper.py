@@ -52,8 +52,9 @@ class Sweeper:
             (CancelKind.START_TIMEOUT, "no task started within start_timeout"),
             (CancelKind.TIMEOUT, "ran past its deadline"),
         ):
-            if kind in due:
-                self._store.cancel_executions([row.id for row in due[kind]], kind, reason)
+            late = place.watch.fresh([row.id for row in due.get(kind, ())], self._monotonic())
+            if late:
+                self._store.cancel_executions(late, kind, reason)
         self._settler.settle(
             place,
             [

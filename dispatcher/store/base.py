@@ -11,7 +11,7 @@ import sqlalchemy as sa
 import structlog
 
 from dispatcher import schema
-from dispatcher.errors import DispatcherError, Unreachable
+from dispatcher.errors import DispatcherError, NotAllowed, SchemaMismatch, Unreachable
 
 __all__ = ["EXECUTION_COLUMNS", "LIVE", "OPEN", "BaseStore", "Conflict", "again"]
 
@@ -19,6 +19,10 @@ log = structlog.get_logger(__name__)
 
 LIVE: Final = "('intended', 'unknown', 'launched')"
 OPEN: Final = "('pending', 'launching', 'running')"
+NO_TABLES: Final = frozenset({"3F000", "42P01", "42703"})
+"""No such schema, table or column."""
+
+NO_RIGHT: Final = "42501"
 DEADLOCK_OR_SERIALIZATION: Final = frozenset({"40P01", "40001"})
 
 EXECUTION_COLUMNS: Final = """
@@ -69,6 +73,23 @@ class BaseStore:
                 raise Conflict(str(error.orig)) from error
             url = self.engine.url.render_as_string(hide_password=False)
             raise Unreachable(schema.unreachable(url, error)) from error
+        except sa.exc.TimeoutError as error:
+            raise Unreachable(
+                f"every database connection of this process is in use: {error}; "
+                "raise DISPATCHER_POOL_SIZE, or use fewer threads"
+            ) from error
+        except sa.exc.ProgrammingError as error:
+            if getattr(error.orig, "sqlstate", None) in NO_TABLES:
+                raise SchemaMismatch(
+                    f"the database lacks what this code needs ({error.orig}): "
+                    "run `dispatcher db upgrade`"
+                ) from error
+            if getattr(error.orig, "sqlstate", None) == NO_RIGHT:
+                raise NotAllowed(
+                    f"the database does not let user {self.engine.url.username} do this: "
+                    f"{error.orig}"
+                ) from error
+            raise
 
     def run(
         self, tx: sa.Connection, sql: str, /, **params: Any

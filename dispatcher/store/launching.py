@@ -363,8 +363,10 @@ class LaunchStore(BaseStore):
                     RETURNING id, batch_id
                 ), v AS (
                     INSERT INTO dispatcher.event
-                        (at, actor, kind, batch_id, execution_id, new, reason)
-                    SELECT now(), :actor, 'execution', batch_id, id, 'launched', :reason FROM s
+                        (at, actor, kind, batch_id, execution_id, old, new, reason)
+                    SELECT now(), :actor, 'execution', s.batch_id, s.id, old.state, 'launched',
+                        :reason
+                    FROM s LEFT JOIN dispatcher.execution old ON old.id = s.id
                 )
                 SELECT id FROM s
                 """,  # noqa: S608 - a constant of this module
@@ -378,8 +380,12 @@ class LaunchStore(BaseStore):
             )
             return rows.first() is not None
 
-    def record_unknown(self, reasons: Mapping[int, str]) -> None:
-        """intended → unknown: the answer leaves open whether something was started."""
+    def record_unknown(self, unknown: Mapping[int, tuple[int, str]]) -> None:
+        """intended → unknown: the answer leaves open whether something was started.
+
+        Given as the number of the call that was answered so, and the reason. An answer that comes
+        after another call was begun changes nothing.
+        """
         with self.transaction() as tx:
             self.run(
                 tx,
@@ -387,8 +393,10 @@ class LaunchStore(BaseStore):
                 WITH e AS (
                     UPDATE dispatcher.execution e
                     SET state = 'unknown', looks = 0, next_look_at = now(), reason = n.reason
-                    FROM unnest(CAST(:ids AS bigint[]), CAST(:reasons AS text[])) AS n (id, reason)
-                    WHERE e.id = n.id AND e.state = 'intended'
+                    FROM unnest(
+                        CAST(:ids AS bigint[]), CAST(:calls AS int[]), CAST(:reasons AS text[])
+                    ) AS n (id, calls, reason)
+                    WHERE e.id = n.id AND e.state = 'intended' AND e.calls = n.calls
                     RETURNING e.id, e.batch_id, n.reason
                 )
                 INSERT INTO dispatcher.event
@@ -396,15 +404,17 @@ class LaunchStore(BaseStore):
                 SELECT now(), :actor, 'execution', batch_id, id, 'intended', 'unknown', reason
                 FROM e
                 """,
-                ids=list(reasons),
-                reasons=list(reasons.values()),
+                ids=list(unknown),
+                calls=[call for call, _ in unknown.values()],
+                reasons=[reason for _, reason in unknown.values()],
                 actor=self.actor,
             )
 
-    def postpone_calls(self, postponed: Mapping[int, tuple[float, str]]) -> None:
+    def postpone_calls(self, postponed: Mapping[int, tuple[int, float, str]]) -> None:
         """Keep executions intended and move their next call: the provider clearly refused for now.
 
-        Costs no attempt: the key, the attempts and the chunks stay as they are.
+        Given as the number of the call that was answered so, the seconds and the reason. Costs no
+        attempt: the key, the attempts and the chunks stay as they are.
         """
         with self.transaction() as tx:
             self.run(
@@ -415,17 +425,19 @@ class LaunchStore(BaseStore):
                     SET call_by = NULL, next_call_at = now() + n.seconds * interval '1 second',
                         reason = n.reason
                     FROM unnest(
-                        CAST(:ids AS bigint[]), CAST(:seconds AS float8[]), CAST(:reasons AS text[])
-                    ) AS n (id, seconds, reason)
-                    WHERE e.id = n.id AND e.state = 'intended'
+                        CAST(:ids AS bigint[]), CAST(:calls AS int[]),
+                        CAST(:seconds AS float8[]), CAST(:reasons AS text[])
+                    ) AS n (id, calls, seconds, reason)
+                    WHERE e.id = n.id AND e.state = 'intended' AND e.calls = n.calls
                     RETURNING e.id, e.batch_id, n.reason
                 )
                 INSERT INTO dispatcher.event (at, actor, kind, batch_id, execution_id, reason)
                 SELECT now(), :actor, 'execution', batch_id, id, reason FROM e
                 """,
                 ids=list(postponed),
-                seconds=[seconds for seconds, _ in postponed.values()],
-                reasons=[reason for _, reason in postponed.values()],
+                calls=[call for call, _, _ in postponed.values()],
+                seconds=[seconds for _, seconds, _ in postponed.values()],
+                reasons=[reason for _, _, reason in postponed.values()],
                 actor=self.actor,
             )
 
@@ -452,8 +464,13 @@ class LaunchStore(BaseStore):
             )
             return moved.rowcount
 
-    def call_again(self, execution_id: int, *, old: str, window: timedelta, reason: str) -> bool:
-        """intended (throttled) or unknown (not found) → intended, with the same key."""
+    def call_again(
+        self, execution_id: int, *, old: str, window: timedelta, reason: str
+    ) -> int | None:
+        """intended (throttled) or unknown (not found) → intended, with the same key.
+
+        Returns the number of the call that may now be made, or None if it may not.
+        """
         with self.transaction() as tx:
             moved = self.run(
                 tx,
@@ -465,14 +482,15 @@ class LaunchStore(BaseStore):
                         worker = :actor, reason = NULL
                     WHERE id = :id AND state = :old AND cancel_requested_at IS NULL
                         AND (call_by IS NULL OR call_by < now())
-                    RETURNING id, batch_id
+                    RETURNING id, batch_id, calls
                 ), v AS (
                     INSERT INTO dispatcher.event
                         (at, actor, kind, batch_id, execution_id, old, new, reason)
-                    SELECT now(), :actor, 'execution', batch_id, id, :old, 'intended', :reason
+                    SELECT now(), :actor, 'execution', batch_id, id, nullif(:old, 'intended'),
+                        CASE WHEN :old <> 'intended' THEN 'intended' END, :reason
                     FROM e
                 )
-                SELECT id FROM e
+                SELECT calls FROM e
                 """,
                 id=execution_id,
                 old=old,
@@ -480,7 +498,8 @@ class LaunchStore(BaseStore):
                 actor=self.actor,
                 reason=reason,
             )
-            return moved.first() is not None
+            number: int | None = moved.scalar_one_or_none()
+            return number
 
     def looked(self, execution_id: int, delay: float) -> None:
         """Count a look that found nothing, and set the next one."""

@@ -92,7 +92,7 @@ class PlanStore(BaseStore):
     def end_planning(
         self, tx: sa.Connection, batch_id: str, state: BatchState, reason: str | None
     ) -> bool:
-        """planning → a final state, its pages of items dropped."""
+        """planning → a final state; its pages of items stay, for a retry."""
         moved = self.run(
             tx,
             """

@@ -79,6 +79,7 @@ TABLES = (
         CONSTRAINT event_kind CHECK (kind IN ('attempt', 'batch', 'chunk', 'execution', 'schedule', 'target'))
     )
     """,
+    "CREATE INDEX event_at ON dispatcher.event USING brin (at)",
     "CREATE INDEX event_batch ON dispatcher.event (batch_id, id)",
     "COMMENT ON TABLE dispatcher.event IS 'append-only: triggers refuse UPDATE, DELETE and TRUNCATE; no foreign keys (retention)'",
     "COMMENT ON COLUMN dispatcher.event.actor IS 'a person, an application or a worker'",

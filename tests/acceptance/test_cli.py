@@ -28,7 +28,6 @@ import psycopg
 import pytest
 import structlog
 import typer.main
-from installation import until
 from typer.testing import CliRunner
 
 from dispatcher import schema
@@ -38,6 +37,7 @@ from dispatcher.engine import Engine, boottime
 from dispatcher.states import Outcome
 from dispatcher.store import Store
 from dispatcher.testing import Ending, Fault, NullWorld
+from installation import until
 
 JOBS = """
 targets:
@@ -447,19 +447,27 @@ def test_waiting_for_a_batch_that_is_cancelled_exits_with_3(desk: Desk) -> None:
 
 def test_watch_prints_a_line_for_each_change_where_there_is_no_terminal(desk: Desk) -> None:
     batch_id = desk.enqueue("work", "--item", "a")
-    with working(desk, after=0.3):
-        ran = desk.ok("watch", batch_id[:6])
-    first, *_, last = ran.out.splitlines()
+    first, *_, last = watched(desk, batch_id[:6])
     assert first.endswith("Z  planning  not planned yet")
     assert last.startswith(f"{batch_id} succeeded after ")
 
 
 def test_watch_gives_json_lines_and_the_last_is_the_end(desk: Desk) -> None:
     batch_id = desk.enqueue("work", "--item", "a")
-    with working(desk, after=0.3):
-        lines = desk.ok("watch", batch_id, "--json").lines
+    lines = [json.loads(line) for line in watched(desk, batch_id, "--json")]
     assert [lines[0]["state"], lines[-1]["state"]] == ["planning", "succeeded"]
     assert len({json.dumps(line) for line in lines}) == len(lines)
+
+
+def watched(desk: Desk, *words: str) -> list[str]:
+    """The lines of `watch`, while a worker begins to work after the first."""
+    process = desk.spawn("watch", *words, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    with working(desk):
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return (first + out).decode().splitlines()
 
 
 def test_waiting_with_json_gives_one_document(desk: Desk) -> None:
@@ -482,17 +490,31 @@ def test_interrupting_watch_says_that_the_batch_goes_on(desk: Desk) -> None:
     )
 
 
+def test_interrupting_a_cancel_says_that_it_stands(desk: Desk) -> None:
+    desk.world.script = lambda *_: Ending(seconds=600)
+    batch_id = desk.enqueue("work", "--item", "a")
+    desk.lead()
+    until(lambda: (desk.turn(), desk.world.running())[1], "a running chunk")
+    process = desk.spawn(
+        *("cancel", batch_id, "--wait"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert b"1 running" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.decode() == f"the cancel of batch {batch_id} stands and goes on\n"
+
+
 class working:  # noqa: N801 - reads as a word
     """A worker at work in another thread."""
 
-    def __init__(self, desk: Desk, after: float = 0.0) -> None:
+    def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._after = after
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work)
 
     def _work(self) -> None:
-        self._stop.wait(self._after)
         while not self._stop.wait(0.02):
             self._desk.turn()
 
@@ -878,6 +900,13 @@ def test_the_health_check_of_a_container_looks_for_a_worker_of_this_host(desk: D
     assert desk.run("check", "--worker", "--database-url", nowhere).code == 4
 
 
+def test_a_standalone_without_its_jobs_file_is_refused(desk: Desk) -> None:
+    said = desk.refused("standalone", "--dir", "place", "--jobs", "gone.yaml")
+    assert said.startswith("error: ")
+    assert "gone.yaml" in said
+    assert not (desk.folder / "place").exists()
+
+
 # --- the tables -----------------------------------------------------------------------------------
 
 
@@ -1182,13 +1211,18 @@ def test_a_reader_that_goes_away_is_no_error(desk: Desk) -> None:
 # --- terminals ------------------------------------------------------------------------------------
 
 
-def on_a_terminal(desk: Desk, *words: str, width: int = 80, **settings: str) -> tuple[int, str]:
-    """Run a command on a terminal of some width; its exit code and all that it showed."""
+def on_a_terminal(
+    desk: Desk, *words: str, width: int = 80, then: Callable[[], None] | None = None, **more: str
+) -> tuple[int, str]:
+    """Run a command on a terminal of some width; its exit code and all that it showed.
+
+    `then` is called once it shows a batch, with `more` as further variables of the environment.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     process = subprocess.Popen(
         [sys.executable, "-m", "dispatcher", *words],
-        env={**desk.environment(), "TERM": "xterm-256color", **settings},
+        env={**desk.environment(), "TERM": "xterm-256color", **more},
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -1198,6 +1232,9 @@ def on_a_terminal(desk: Desk, *words: str, width: int = 80, **settings: str) -> 
     try:
         while block := os.read(ours, 65536):
             shown += block
+            if then is not None and b"planning" in shown:
+                then()
+                then = None
     except OSError:  # Linux says so that the other end is closed
         pass
     os.close(ours)
@@ -1214,8 +1251,9 @@ def test_a_terminal_gets_colour_and_a_bar_and_no_id_is_cut(desk: Desk) -> None:
     assert "\x1b[31m" not in plain
     desk.world.script = None
     waiting = desk.enqueue("work", "--item", "a")
-    with working(desk, after=2.0):
-        code, shown = on_a_terminal(desk, "watch", waiting)
+    worker = working(desk)
+    code, shown = on_a_terminal(desk, "watch", waiting, then=worker.__enter__)
+    worker.__exit__()
     assert code == 0
     assert f"{waiting} planning" in shown
     assert "━" in shown

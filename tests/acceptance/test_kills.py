@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from dispatcher import BatchState, schema
 from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey
 from installation import Site, until
@@ -20,7 +21,12 @@ targets:
 jobs:
   note:
     target: here
-    command: [sh, -c, 'sleep 0.$((ITEM % 5 + 2)); echo "$ITEM" >> "$OUT"; exit $((ITEM % 50 == 7 && DISPATCH_ATTEMPT == 1))']
+    command:
+      - sh
+      - -c
+      - |
+        sleep 0.$((ITEM % 5 + 2)); echo "$ITEM" >> "$OUT"
+        exit $((ITEM % 50 == 7 && DISPATCH_ATTEMPT == 1))
     env: {ITEM: "{items:csv}", OUT: "{param:out}"}
     params: {type: object, properties: {out: {type: string}}}
     retry: {attempts: 2, initial: 1s, infrastructure_attempts: 1}
@@ -54,7 +60,7 @@ def test_kills_of_workers_broker_and_database_lose_nothing_and_double_nothing(
         "DISPATCHER_HEARTBEAT": "3s",
         "DISPATCHER_CALL_WINDOW": "5s",
     }
-    chance = random.Random(4)
+    chance = random.Random(4)  # noqa: S311 - picks victims
     workers = [site.worker(), site.worker()]
     beats = [site.start("beat"), site.start("beat")]
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from dispatcher import BatchState, schema
 from dispatcher.servers import EmbeddedPostgres
 from installation import Site

@@ -9,9 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from installation import Site, until
 
 from dispatcher import BatchState
+from installation import Site, until
 
 JOBS = """
 targets:

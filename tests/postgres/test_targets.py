@@ -1,0 +1,231 @@
+"""Who leads a target, where it can be served, and what is known of a provider that is down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+from workbench import HERE, Bench, job
+
+from dispatcher import queries
+from dispatcher.store import Store
+from dispatcher.testing import Ending, Fault
+
+MakeBench = Callable[..., Bench]
+LEASE = timedelta(seconds=15)
+
+
+def lease(
+    store: Store, home: Mapping[str, str] | None = None, name: str = "there"
+) -> str | None:
+    return store.lease(name, backend="null", limits={"max_running": 3}, home=home, lease=LEASE)
+
+
+def row(bench: Bench, columns: str, name: str = "there") -> Any:
+    (found,) = bench.sql(
+        f"SELECT {columns} FROM dispatcher.target WHERE name = :name",  # noqa: S608 - a constant
+        name=name,
+    )
+    return found
+
+
+def test_a_lease_is_taken_kept_and_refused_to_others_until_it_ends(bench: Bench) -> None:
+    mine, theirs = bench.store, bench.worker("worker-2").store
+    assert lease(mine) is None
+    assert row(bench, "lease_owner, lease_token") == ("worker-1", 1)
+    assert lease(theirs) == "target there is led by worker-1"
+    bench.advance(10)
+    assert lease(mine) is None
+    bench.advance(14)
+    assert lease(theirs) == "target there is led by worker-1", "it was renewed"
+    assert row(bench, "lease_token") == 1
+    bench.advance(1)
+    assert lease(theirs) is None
+    assert row(bench, "lease_owner, lease_token") == ("worker-2", 2)
+    assert lease(mine) == "target there is led by worker-2"
+
+
+def test_a_lease_that_is_given_back_is_free_at_once(bench: Bench) -> None:
+    mine, theirs = bench.store, bench.worker("worker-2").store
+    lease(mine)
+    lease(theirs, name="elsewhere")
+    mine.beat(host="h", pid=1, version="1", problems={})
+    mine.release()
+    assert lease(theirs) is None
+    assert row(bench, "lease_owner", "elsewhere") == "worker-2"
+    (worker,) = queries.workers(bench.store)
+    assert not worker.alive
+
+
+def test_of_two_workers_that_ask_at_once_one_leads(bench: Bench) -> None:
+    stores = [bench.store, bench.worker("worker-2").store]
+    barrier = Barrier(2)
+    answers: list[str | None] = []
+
+    def ask(store: Store) -> None:
+        barrier.wait(10)
+        answers.append(lease(store))
+
+    threads = [Thread(target=ask, args=(store,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(answer is None for answer in answers) == [False, True]
+
+
+def test_a_target_with_a_home_is_served_only_there(bench: Bench) -> None:
+    home = {"host": "a", "boot": "1"}
+    mine, theirs = bench.store, bench.worker("worker-2").store
+    assert lease(mine, home) is None
+    bench.advance(600)
+    for other in ({"host": "b", "boot": "1"}, None):
+        assert lease(theirs, other) == "target there can be served only on host a"
+    assert row(bench, "home") == home
+
+
+def test_a_host_that_was_rebooted_takes_over_when_its_old_lease_has_ended(bench: Bench) -> None:
+    mine, theirs = bench.store, bench.worker("worker-2").store
+    lease(mine, {"host": "a", "boot": "1"})
+    rebooted = {"host": "a", "boot": "2"}
+    assert lease(theirs, rebooted) == "target there is led by worker-1"
+    assert row(bench, "home") == {"host": "a", "boot": "1"}
+    bench.advance(15)
+    assert lease(theirs, rebooted) is None
+    assert row(bench, "home") == rebooted
+
+
+def test_a_worker_that_is_not_at_home_launches_nothing(bench: Bench) -> None:
+    batch = bench.enqueue([1])
+    bench.sql("""UPDATE dispatcher.target SET home = '{"host": "elsewhere"}'""")
+    bench.plan()
+    assert bench.launch() == 0
+    assert bench.states(batch) == ["pending"]
+
+
+def test_a_target_that_nobody_has_led_yet_launches_nothing(bench: Bench) -> None:
+    batch = bench.enqueue([1])
+    bench.plan()
+    bench.sql("DELETE FROM dispatcher.target")
+    assert bench.launch() == 0
+    assert bench.states(batch) == ["pending"]
+
+
+def test_a_heartbeat_says_who_lives_and_old_ones_are_forgotten(bench: Bench) -> None:
+    bench.store.beat(host="h", pid=7, version="1.0", problems={"x": "led by another"})
+    (worker,) = queries.workers(bench.store)
+    assert (worker.id, worker.pid, worker.alive) == ("worker-1", 7, True)
+    assert worker.problems == {"x": "led by another"}
+    bench.advance(61)
+    assert [w.alive for w in queries.workers(bench.store)] == [False]
+    bench.store.beat(host="h", pid=7, version="1.0", problems={})
+    assert [w.alive for w in queries.workers(bench.store)] == [True]
+    bench.advance(3600)
+    bench.store.forget_workers(timedelta(hours=2))
+    assert len(queries.workers(bench.store)) == 1
+    bench.store.forget_workers(timedelta(minutes=59))
+    assert queries.workers(bench.store) == []
+
+
+# --- outages --------------------------------------------------------------------------------------
+
+
+def outage(bench: Bench) -> list[tuple[str, str, str]]:
+    return bench.sql(
+        "SELECT old, new, reason FROM dispatcher.event WHERE kind = 'target' ORDER BY id"
+    )
+
+
+def test_an_outage_is_told_once_when_it_begins_and_once_when_it_ends(bench: Bench) -> None:
+    bench.script(Ending(seconds=1000))
+    bench.enqueue([1])
+    bench.turn()
+    bench.world.fail_next("poll", Fault.UNAVAILABLE, times=3)
+    for _ in range(4):
+        bench.turn(60)
+    assert outage(bench) == [
+        ("up", "down", "here: scripted fault of poll: unavailable"),
+        ("down", "up", "here"),
+    ]
+    assert row(bench, "down_since, down_reason, down_calls, resume_at", HERE) == (
+        None,
+        None,
+        0,
+        None,
+    )
+
+
+def test_a_provider_that_does_not_answer_is_not_called_again_at_once_and_then_by_one_probe(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(concurrency=1)
+    bench.world.fail_next("launch", Fault.UNAVAILABLE, times=2)
+    batch = bench.enqueue(range(8))
+    bench.plan()
+    assert bench.engine.launch(HERE).calls == 1
+    assert bench.engine.launch(HERE).calls == 0, "its launches rest"
+    bench.advance(5.4)  # 1 s, and 9 s by the roll of a half
+    assert bench.engine.launch(HERE).calls == 0
+    bench.advance(0.1)
+    assert bench.engine.launch(HERE).calls == 1, "one probe, and it fails"
+    assert row(bench, "down_calls", HERE) == 2
+    bench.advance(6)
+    assert bench.engine.launch(HERE).calls == 1
+    assert row(bench, "down_since", HERE) is None
+    assert bench.finish(batch).state == "succeeded"
+
+
+def test_while_it_is_down_only_one_launch_probes(bench: Bench) -> None:
+    bench.store.target_down(HERE, "it hangs", resume_in=None)
+    bench.enqueue(range(8))
+    bench.plan()
+    assert bench.engine.launch(HERE).calls == 1
+    assert bench.engine.launch(HERE).calls == 7, "it answered"
+
+
+def test_an_outage_that_another_worker_has_told_ends_with_the_first_answer(bench: Bench) -> None:
+    """The worker that wrote it may be gone: whoever gets an answer takes it back."""
+    bench.script(seconds=10)
+    bench.enqueue(range(3))
+    bench.turn()
+    bench.worker("worker-2").store.target_down(HERE, "no route", resume_in=None)
+    bench.worker("worker-3").follow(HERE)
+    bench.turn(2)
+    bench.worker("worker-3").follow(HERE)
+    assert row(bench, "down_since", HERE) is None
+    # And while both live: a launch reads it in the row.
+    bench.worker("worker-2").store.target_down(HERE, "no route", resume_in=None)
+    bench.enqueue(range(3))
+    bench.turn()
+    assert row(bench, "down_since", HERE) is None
+    assert [moved[:2] for moved in outage(bench)] == [("up", "down"), ("down", "up")] * 2
+
+
+def test_the_pace_stays_between_a_twentieth_and_the_full_rate(bench: Bench) -> None:
+    for _ in range(10):
+        bench.store.pace(HERE, 0.5)
+    assert row(bench, "pace", HERE) == pytest.approx(0.05)
+    for _ in range(100):
+        bench.store.pace(HERE, 1.1)
+    assert row(bench, "pace", HERE) == 1.0
+
+
+def test_a_round_of_reads_stays_within_its_budget(make_bench: MakeBench) -> None:
+    bench = make_bench(
+        job(), limits={"reads_per_minute": 6.0}, settings={"page_size": 2}
+    )
+    bench.script(seconds=500)
+    bench.enqueue(range(8))
+    bench.turn()
+    for _ in range(120):
+        bench.turn(1)
+    assert 8 <= bench.world.calls["poll"] <= 16, "four pages, six calls a minute, two minutes"
+
+
+def test_what_is_not_served_here_is_left_alone(bench: Bench) -> None:
+    assert bench.engine.launch("elsewhere").calls == 0
+    assert not bench.engine.launch("elsewhere").more
+    assert bench.engine.clean(HERE) == 0
