@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from itertools import chain, islice
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import sqlalchemy as sa
 
 from dispatcher import queries, schema
 from dispatcher.config import Config, Settings, load_config, load_settings
 from dispatcher.engine.settler import end_finished_batches
+from dispatcher.enqueueing import BatchRequest
 from dispatcher.errors import (
     ConfigurationError,
-    IdempotencyConflict,
     InvalidInput,
-    InvalidItems,
     NotAllowed,
     UnknownBatch,
     WaitTimeout,
 )
-from dispatcher.items import ItemsDigest, Page, is_uri, open_items, pages
 from dispatcher.job import Chunking, Job
 from dispatcher.queries import BatchView, Chunk, Event, Output
 from dispatcher.states import BatchState, CancelKind, ChunkState
-from dispatcher.storage import check_uri
-from dispatcher.store import Store, again, new_batch_id
-from dispatcher.store.rows import NewBatch
+from dispatcher.store import Store, again
 from dispatcher.wake import PLAN, Waker
 
 __all__ = ["Batch", "Dispatcher"]
-
-LONGEST_KEY: Final = 200
-LONGEST_LABEL: Final = 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,48 +155,21 @@ class Dispatcher:
             Unreachable: the database does not answer; nothing was written.
         """
         job = self._job(job, priority, chunk_size)
-        _check_key(key)
-        params = job.check_params(params)
-        merged = _check_labels({**job.labels, **(labels or {})})
         if connection is not None and not isinstance(connection, sa.Connection):
             raise InvalidInput(
                 f"connection is a {type(connection).__name__}; it must be a sqlalchemy.Connection: "
                 "of a Session, pass session.connection()"
             )
-        source, stream = _items_from(job, items)
         store = self.store
-        paged = pages(stream)
-        try:
-            head = list(islice(paged, 2))
-            request = {
-                "job": job.name,
-                "items": source,
-                "params": params,
-                "chunk": job.chunk.model_dump(mode="json", exclude_none=True),
-            }
-            new = NewBatch(
-                id=new_batch_id(),
-                key=key,
-                request="{}",
-                job_name=job.name,
-                job=job.model_dump_json(exclude_defaults=True),
-                target=job.target,
-                params=json.dumps(params),
-                labels=json.dumps(merged),
-                priority=job.priority,
-                items_from="pages" if source is None else source,
-                actor=self.settings.actor,
-                deadline=job.deadline,
-                max_failed_chunks=job.success.max_failed_chunks,
-            )
+        with BatchRequest(
+            job, items, params=params, key=key, labels=labels, actor=self.settings.actor
+        ) as request:
             if connection is not None:
-                batch_id = _write(store, connection, new, request, head, paged)
+                batch_id = request.write(store, connection)
                 return self._batch(queries.read_batch(store, connection, batch_id))
             with store.transaction() as tx:
-                batch_id = _write(store, tx, new, request, head, paged)
+                batch_id = request.write(store, tx)
                 view = queries.read_batch(store, tx, batch_id)
-        finally:
-            stream.close()
         self._waker.tap(PLAN, batch_id=batch_id)
         return self._batch(view)
 
@@ -365,99 +329,3 @@ class Dispatcher:
             raise NotAllowed(f"batch {batch_id} is {state} and has no chunk to retry")
         self._waker.tap(PLAN, batch_id=batch_id)
         return self.get(batch_id)
-
-
-def _check_key(key: str | None) -> None:
-    if key is None:
-        return
-    if not isinstance(key, str) or not 1 <= len(key) <= LONGEST_KEY or "\0" in key:
-        raise InvalidInput(
-            f"key is {str(key)[:40]!r}; it must be a text of 1 to {LONGEST_KEY} characters"
-        )
-
-
-def _check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    for name, value in labels.items():
-        for text in (name, value):
-            if not isinstance(text, str) or len(text) > LONGEST_LABEL or "\0" in text:
-                raise InvalidInput(
-                    f"label {name!r} is {value!r}; names and values must be texts of at most "
-                    f"{LONGEST_LABEL} characters"
-                )
-    return dict(labels)
-
-
-def _items_from(job: Job, items: object) -> tuple[str | None, Any]:
-    """Say where the items come from: pages (None) with their stream, a source, or a URI."""
-    if items is None:
-        if job.items is None:
-            raise InvalidItems(
-                f'job "{job.name}" has no item source: give items, or set items.source in the job'
-            )
-        return "source", open_items([])
-    if isinstance(items, str) and is_uri(items):
-        check_uri(items)
-        return items, open_items([])
-    return None, open_items(items)
-
-
-def _write(
-    store: Store,
-    tx: sa.Connection,
-    new: NewBatch,
-    request: dict[str, Any],
-    head: list[Page],
-    rest: Iterator[Page],
-) -> str:
-    """Write the batch, or find the one that has its key; the id of either."""
-    digest = ItemsDigest()
-    first = head[0] if head else None
-    if len(head) <= 1:
-        if first is not None:
-            digest.update(first)
-        request = _with_digest(request, digest)
-        new = replace(new, request=json.dumps(request))
-        # One statement writes it all.
-        if store.insert_batch(tx, new, first.count if first else 0, first.json if first else None):
-            return new.id
-        return _match(store, tx, new.key or "", request)
-    inserted = store.insert_batch(tx, new, head[0].count, head[0].json)
-    for number, page in enumerate(chain(head, rest)):
-        digest.update(page)
-        if inserted and number:
-            store.insert_page(tx, new.id, number, page.count, page.json)
-    request = _with_digest(request, digest)
-    if not inserted:
-        return _match(store, tx, new.key or "", request)
-    store.set_request(tx, new.id, json.dumps(request))
-    return new.id
-
-
-def _match(store: Store, tx: sa.Connection, key: str, request: dict[str, Any]) -> str:
-    """Find the batch that has a key, and insist that it was the same request."""
-    found = store.request_of_key(tx, key)
-    if found is None:
-        raise NotAllowed(f'the batch of key "{key}" was removed at this moment; try again')
-    batch_id, theirs = found
-    differing = [
-        f"{name} there is {_shown(theirs.get(name))}, here {_shown(mine)}"
-        for name, mine in request.items()
-        if mine != theirs.get(name)
-    ]
-    if differing:
-        raise IdempotencyConflict(
-            f'key "{key}" belongs to batch {batch_id}, a different request: '
-            f"{'; '.join(differing)}. Use another key for another request"
-        )
-    return batch_id
-
-
-def _with_digest(request: dict[str, Any], digest: ItemsDigest) -> dict[str, Any]:
-    if request["items"] is not None:
-        return request
-    return {**request, "items": f"{digest.count} items, sha256 {digest.hexdigest()}"}
-
-
-def _shown(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 100 else text[:99] + "…"  # noqa: PLR2004 - a line for people

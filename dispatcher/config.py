@@ -8,7 +8,8 @@ plain mapping is `sources.py`'s; what a job may say is `job.py`'s; how a wrong v
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any, Final, TypeAlias, TypeVar
 
@@ -23,9 +24,10 @@ from pydantic import (
 )
 
 from dispatcher.backends.registry import backend_class
-from dispatcher.errors import ConfigurationError, UnknownJob
+from dispatcher.errors import ConfigurationError, InvalidInput, UnknownJob
 from dispatcher.job import Count, Job, Name
 from dispatcher.problems import Problem, Problems, choices, problems_of, shown, unknown_key
+from dispatcher.schedule import Schedule
 from dispatcher.settings import Settings, load_settings, standalone_file
 from dispatcher.sources import read_source
 
@@ -54,19 +56,21 @@ class Target(BaseModel):
 
 
 _TARGET_KEYS: Final = frozenset(Target.model_fields) - {"name", "settings"}
-_SECTIONS: Final = ("jobs", "targets")
+_SECTIONS: Final = ("jobs", "schedules", "targets")
 
-_Part = TypeVar("_Part", Job, Target)
+_Part = TypeVar("_Part", Job, Target, Schedule)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The targets and jobs of an installation."""
+    """The targets, jobs and schedules of an installation."""
 
     targets: Mapping[str, Target]
     jobs: Mapping[str, Job]
     source: str
     """Where they were read, for messages."""
+
+    schedules: Mapping[str, Schedule] = field(default_factory=dict)
 
     def job(self, name: str) -> Job:
         """Look a job up.
@@ -103,10 +107,14 @@ def load_config(source: str) -> Config:
 
     jobs = dict(_named("jobs", read.values.get("jobs"), problems))
     found = _each("jobs", jobs, read_job, problems)
+    timed = dict(_named("schedules", read.values.get("schedules"), problems))
+    schedules = _each("schedules", timed, partial(_read_schedule, found, jobs), problems)
     lines = [*read.problems, *(f"{source}: {problem}" for problem in problems)]
     if lines:
         raise ConfigurationError("\n".join(dict.fromkeys(lines)))
-    return Config(MappingProxyType(targets), MappingProxyType(found), source)
+    return Config(
+        MappingProxyType(targets), MappingProxyType(found), source, MappingProxyType(schedules)
+    )
 
 
 def _named(section: str, raw: Any, problems: list[Problem]) -> Iterator[tuple[str, Any]]:
@@ -275,3 +283,33 @@ def _place_problems(
     except ValidationError as error:
         return [problem.under("options") for problem in problems_of(error, model)]
     return []
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+def _read_schedule(
+    found: Mapping[str, Job], named: Mapping[str, Any], name: str, raw: Any
+) -> Schedule:
+    if isinstance(raw, Schedule):
+        schedule, problems = raw, [] if raw.name == name else [_other_name(raw.name, name)]
+    else:
+        values, problems = _without_name(name, raw, "schedule's cron line and job")
+        try:
+            schedule = Schedule.model_validate({**values, "name": name})
+        except ValidationError as error:
+            raise Problems([*map(_of_key, problems_of(error, Schedule)), *problems]) from error
+    if schedule.job not in named:
+        text = f"is {shown(schedule.job)}; it must be a configured job: "
+        problems.append(Problem(("job",), text + choices(schedule.job, named)))
+    elif (job := found.get(schedule.job)) is not None:
+        if schedule.items is None and job.items is None:
+            text = f'is missing, and job "{job.name}" has no item source; give one of them'
+            problems.append(Problem(("items",), text))
+        try:
+            job.check_params(schedule.params)
+        except InvalidInput as error:
+            problems.append(Problem(("params",), f"do not fit: {error}"))
+    if problems:
+        raise Problems(problems)
+    return schedule

@@ -161,7 +161,9 @@ class Bench:
         self.launch()
         self.follow()
 
-    def until(self, done: Callable[[], bool], what: str, *, step: float = 2.0, turns: int = 200) -> None:
+    def until(
+        self, done: Callable[[], bool], what: str, *, step: float = 2.0, turns: int = 200
+    ) -> None:
         """Turn, with time between, until something is true."""
         for _ in range(turns):
             self.turn()

@@ -1,4 +1,4 @@
-"""The steps that a tap asks for and that the clock takes by itself: plan, launch, sweep.
+"""The steps that a tap asks for and that the clock takes by itself: plan, launch, sweep (and fire).
 
 Each works for a second or two at most and leaves the rest to another tap, so that a worker can stop
 at any time.
@@ -40,6 +40,6 @@ def launch(run: Runtime, target: str) -> int:
 
 
 def sweep(run: Runtime) -> None:
-    """Do again what a lost message or a crash has left undone."""
-    for batch_id in run.engine.sweep():
+    """Fire what is due, and do again what a lost message or a crash has left undone."""
+    for batch_id in [*run.engine.fire(), *run.engine.sweep()]:
         plan(run, batch_id)

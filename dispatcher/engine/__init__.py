@@ -1,10 +1,10 @@
-"""Plan, launch, poll, settle, sweep: where the store, the backends and the policies meet.
+"""Fire, plan, launch, poll, settle, sweep: where the store, the backends and the policies meet.
 
 Every step here may be killed at any line and may run twice at once. Each re-reads its rows, decides
 with a pure function, and moves them with compare-and-set; what was not moved is found again by the
 next sweep. No transaction is open while a backend is called.
 
-A module for each verb: `planner`, `launcher`, `poller`, `settler`, `sweeper`.
+A module for each verb: `firer`, `planner`, `launcher`, `poller`, `settler`, `sweeper`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Final
 from dispatcher.backends.base import Backend
 from dispatcher.backends.registry import make_backend
 from dispatcher.config import Config
+from dispatcher.engine.firer import Firer
 from dispatcher.engine.launcher import Launcher
 from dispatcher.engine.place import Place, Round, boottime
 from dispatcher.engine.planner import Planner
@@ -71,6 +72,7 @@ class Engine:
                 ThreadPoolExecutor(READERS, f"read-{name}"),
             )
         plans = PlanCache(store)
+        self._firer = Firer(store, config)
         self._planner = Planner(store, self.places)
         self._settler = Settler(store, plans, roll)
         self._launcher = Launcher(
@@ -90,6 +92,10 @@ class Engine:
         for place in self.places.values():
             place.callers.shutdown(wait=False, cancel_futures=True)
             place.readers.shutdown(wait=False, cancel_futures=True)
+
+    def fire(self) -> list[str]:
+        """Enqueue the batches of all schedules' due times; the batches, for the caller to plan."""
+        return self._firer.fire()
 
     def plan(self, batch_id: str) -> str | None:
         """Cut a batch into chunks; the name of its target if it can be launched now, else None."""

@@ -19,6 +19,7 @@ import structlog
 
 from dispatcher.backends.base import (
     Backend,
+    BackendError,
     Launched,
     LaunchRequest,
     Rejected,
@@ -304,7 +305,7 @@ class Launcher:
             return
         try:
             found = place.backend.find(call.request)
-        except Unavailable as error:
+        except BackendError as error:
             self._store.postpone_look(row.id, min(30.0, 2.0 * 2 ** min(row.looks, 4)))
             place.went_down(str(error))
             return

@@ -12,6 +12,7 @@ import structlog
 from dispatcher.backends.base import (
     Handle,
     Phase,
+    Rejected,
     Report,
     Unavailable,
 )
@@ -132,6 +133,8 @@ class Poller:
             log.info("last cancel of an absent execution", handle=one.handle, why=str(error))
             place.watch.seen(one, now)
             return
+        except Rejected as error:  # asked again it would say the same, and it is gone
+            log.info("last cancel of an absent execution", handle=one.handle, why=str(error))
         place.watch.forget(one.id)
         reason = "the provider no longer knows it"
         notes.endings.append(Ending(one.id, final=True, rest=(Outcome.LOST, reason), reason=reason))

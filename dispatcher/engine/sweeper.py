@@ -10,6 +10,7 @@ from typing import Final
 import structlog
 
 from dispatcher.backends.base import (
+    BackendError,
     Rejected,
     Unavailable,
 )
@@ -126,9 +127,11 @@ class Sweeper:
         since = datetime.now(UTC) - STRAYS_SINCE
         try:
             running = list(place.backend.strays(instance, since))
-        except Unavailable as error:
+        except BackendError as error:
             place.went_down(str(error))
             return
+        place.down = True  # another worker may have said so, and nobody else may ask soon
+        place.came_up()
         known = self._store.known_keys([found.key for found in running])
         for found in running:
             state, handle = known.get(found.key, ("ended", None))

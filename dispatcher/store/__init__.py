@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dispatcher.store.base import Conflict, again
 from dispatcher.store.enqueueing import EnqueueStore, new_batch_id
+from dispatcher.store.firing import FireStore
 from dispatcher.store.following import FollowStore
 from dispatcher.store.intervening import InterveneStore
 from dispatcher.store.launching import LaunchStore
@@ -27,5 +28,7 @@ from dispatcher.store.settling import SettleStore
 __all__ = ["Conflict", "Planning", "Store", "again", "new_batch_id"]
 
 
-class Store(EnqueueStore, LaunchStore, FollowStore, SettleStore, InterveneStore, LeadStore):
+class Store(
+    EnqueueStore, LaunchStore, FollowStore, SettleStore, InterveneStore, FireStore, LeadStore
+):
     """All transitions over one SQLAlchemy engine; `PlanStore` comes with `InterveneStore`."""

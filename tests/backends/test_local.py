@@ -391,7 +391,9 @@ class TestAShimThatDies:
     ) -> None:
         place.launch("k", f"sleep 100 & echo $! > {place.folder}/child; wait")
         child = written_pid(place.folder / "child")
+        leader = place.record("k", "0", "process.json")["pid"]
         place.kill_shim("k")
+        until(lambda: not is_alive(leader), "the leader dies with the shim, but not its child")
         kills: list[int] = []
         with monkeypatch.context() as patch:
             patch.setattr(os, "kill", lambda pid, _signum: kills.append(pid))

@@ -476,5 +476,3 @@ def test_an_unknown_launch_of_a_job_that_no_longer_fits_still_comes_to_an_end(
     bench.advance(2)
     other.follow(HERE)
     assert bench.executions() == ["ended", "ended"]
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -262,7 +263,9 @@ def test_the_same_key_and_another_request_are_an_error_that_names_the_difference
     with pytest.raises(IdempotencyConflict) as told:
         bench.enqueue([1, 2, 3], key="k", params={"day": "tue"}, chunk_size=2)
     text = str(told.value)
-    assert text.startswith(f'key "k" belongs to batch {first.id}, a different request: items there is')
+    assert text.startswith(
+        f'key "k" belongs to batch {first.id}, a different request: items there is'
+    )
     assert 'params there is {"day": "mon"}, here {"day": "tue"}' in text
     assert 'chunk there is {"size": 1}, here {"size": 2}' in text
     assert text.endswith("Use another key for another request")
@@ -340,9 +343,10 @@ def test_in_a_callers_transaction_the_batch_exists_exactly_if_it_commits(bench: 
             transaction.rollback()
         with connection.begin():
             kept = bench.enqueue(range(2500), connection=connection)
-            assert connection.execute(
-                sa.text("SELECT count(*) FROM dispatcher.batch")
-            ).scalar_one() == 1
+            assert (
+                connection.execute(sa.text("SELECT count(*) FROM dispatcher.batch")).scalar_one()
+                == 1
+            )
     with pytest.raises(UnknownBatch):
         bench.dispatcher.get(gone.id)
     assert bench.dispatcher.get(kept.id).id == kept.id
@@ -424,7 +428,9 @@ def test_the_chunks_and_the_audit_are_read_a_page_at_a_time(bench: Bench) -> Non
 def test_a_database_that_is_down_is_told_and_nothing_was_written() -> None:
     with (
         Dispatcher(database_url="postgresql://me:pw@127.0.0.1:1/x") as dispatcher,
-        pytest.raises(Unreachable, match=r"^cannot reach the database at .*me:\*\*\*@127\.0\.0\.1:1/x"),
+        pytest.raises(
+            Unreachable, match=r"^cannot reach the database at .*me:\*\*\*@127\.0\.0\.1:1/x"
+        ),
     ):
         dispatcher.enqueue(job(), [1])
 
@@ -474,3 +480,35 @@ def test_a_batch_says_how_far_it_is(make_bench: MakeBench) -> None:
     batch = batch.refresh()
     assert (batch.progress, batch.finished) == (0.75, False)
     assert batch.counts == {"succeeded": 3, "running": 1}
+
+
+def test_a_broker_that_hangs_does_not_delay_an_enqueue(bench: Bench) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        program = textwrap.dedent(
+            """
+            import sys, time
+            from dispatcher import Dispatcher, Job
+            job = Job(name="work", target="here", command=("work",))
+            with Dispatcher(database_url=sys.argv[1], broker_url=sys.argv[2]) as dispatcher:
+                dispatcher.enqueue(job, [1])
+                sys.stdin.readline()
+                began = time.perf_counter()
+                for _ in range(30):
+                    dispatcher.enqueue(job, [1])
+                print((time.perf_counter() - began) / 30)
+            """
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", program, bench.database_url, f"redis://127.0.0.1:{port}/0"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            server.settimeout(30)
+            connection, _ = server.accept()  # the first tap is on its way, and hangs
+            with connection:
+                told, _ = process.communicate("go on\n", timeout=60)
+    assert process.returncode == 0
+    assert float(told.splitlines()[-1]) < 0.25
+    assert counts(bench)[0] == 31

@@ -422,7 +422,10 @@ def test_an_item_with_a_nul_character_can_be_an_argument_as_json(
         ('["back\\\\u0000slash"]',),
     ]
     requests = bench.sql("SELECT request ->> 'args' FROM dispatcher.execution ORDER BY id")
-    assert [json.loads(args) for args in requests] == [['["a\\u0000b"]'], ['["back\\\\u0000slash"]']]
+    assert [json.loads(args) for args in requests] == [
+        ['["a\\u0000b"]'],
+        ['["back\\\\u0000slash"]'],
+    ]
 
 
 def test_what_a_provider_says_may_hold_any_character(spied: tuple[Bench, Spy]) -> None:

@@ -83,9 +83,7 @@ def test_a_batchs_limit_counts_for_itself(make_bench: MakeBench) -> None:
 
 
 def test_a_pack_holds_as_many_slots_as_the_provider_lets_run_at_once(make_bench: MakeBench) -> None:
-    bench = make_bench(
-        job(options={"max_tasks": 10, "parallelism": 3}), limits={"max_running": 7}
-    )
+    bench = make_bench(job(options={"max_tasks": 10, "parallelism": 3}), limits={"max_running": 7})
     bench.script(seconds=10)
     batch = bench.enqueue(range(40))
     bench.turn()
@@ -141,7 +139,9 @@ def test_a_throttling_halves_the_pace_and_answers_let_it_grow(make_bench: MakeBe
     assert bench.sql(pace) == [1.0]
 
 
-def test_the_higher_priority_goes_first_and_takes_all_that_it_can_use(make_bench: MakeBench) -> None:
+def test_the_higher_priority_goes_first_and_takes_all_that_it_can_use(
+    make_bench: MakeBench,
+) -> None:
     bench = make_bench(limits={"max_running": 4})
     bench.script(seconds=10)
     low = bench.enqueue(range(5))

@@ -459,7 +459,9 @@ def test_a_database_that_does_not_answer_is_told_without_its_password() -> None:
 
 def set_revision(engine: sa.Engine, revision: str) -> None:
     with engine.begin() as tx:
-        tx.execute(sa.text("UPDATE dispatcher.alembic_version SET version_num = :r"), {"r": revision})
+        tx.execute(
+            sa.text("UPDATE dispatcher.alembic_version SET version_num = :r"), {"r": revision}
+        )
 
 
 def check(engine: sa.Engine) -> None:
@@ -501,9 +503,7 @@ def test_a_database_ahead_that_supports_this_code_is_fine(engine: sa.Engine) -> 
 def test_a_database_ahead_that_does_not_support_this_code_is_refused(engine: sa.Engine) -> None:
     set_revision(engine, "9999")
     with engine.begin() as tx:
-        tx.execute(
-            sa.update(schema.installation).values(oldest_code=schema.CODE_VERSION + 1)
-        )
+        tx.execute(sa.update(schema.installation).values(oldest_code=schema.CODE_VERSION + 1))
     with pytest.raises(SchemaMismatch) as told:
         check(engine)
     assert str(told.value) == (
@@ -539,7 +539,14 @@ def pg_dump() -> Path | None:
 def dump(url: str, program: Path) -> str:
     plain = sa.make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     done = subprocess.run(
-        [str(program), "--schema-only", "--no-owner", "--no-privileges", "--schema=dispatcher", plain],
+        [
+            str(program),
+            "--schema-only",
+            "--no-owner",
+            "--no-privileges",
+            "--schema=dispatcher",
+            plain,
+        ],
         capture_output=True,
         text=True,
         check=True,
@@ -558,7 +565,9 @@ def test_the_dump_that_is_kept_is_that_of_the_migrated_database(database_url: st
     """Write it anew with WRITE_SCHEMA=1."""
     program = pg_dump()
     if program is None:
-        pytest.skip("NO pg_dump: migrations/schema.sql IS NOT COMPARED; install the extra standalone")
+        pytest.skip(
+            "NO pg_dump: migrations/schema.sql IS NOT COMPARED; install the extra standalone"
+        )
     found = dump(database_url, program)
     if os.environ.get("WRITE_SCHEMA"):
         DUMP.write_text(found)

@@ -186,7 +186,9 @@ def test_retries_of_a_pack_wait_for_company_and_go_when_they_fill_one(
     bench.turn()
     bench.turn(2)
     bench.turn(5)
-    holds = "SELECT count(*) FROM dispatcher.chunk WHERE state = 'pending' AND hold_until IS NOT NULL"
+    holds = (
+        "SELECT count(*) FROM dispatcher.chunk WHERE state = 'pending' AND hold_until IS NOT NULL"
+    )
     assert bench.sql(holds) == [2]
     assert bench.world.calls["launch"] == 2, "they are due and wait for company"
     bench.world.kill(bench.world.handles()[1], 0)
@@ -258,9 +260,7 @@ def test_doubled_and_late_reports_change_nothing(make_bench: MakeBench) -> None:
     assert snapshot(bench) == before
     assert bench.finish(batch).state == "succeeded"
     before = snapshot(bench)
-    settler.settle(
-        place, [Given(execution, (TaskReport(0, Outcome.FAILED),), final=True), part]
-    )
+    settler.settle(place, [Given(execution, (TaskReport(0, Outcome.FAILED),), final=True), part])
     bench.turn(60)
     assert snapshot(bench) == before
 
@@ -303,7 +303,9 @@ def test_two_settles_of_the_last_two_chunks_end_the_batch_once(bench: Bench, att
         thread.join(20)
     assert errors == []
     assert batch.refresh().state == "succeeded"
-    ends = [e for e in bench.dispatcher.events(batch.id) if e.kind == "batch" and e.new == "succeeded"]
+    ends = [
+        e for e in bench.dispatcher.events(batch.id) if e.kind == "batch" and e.new == "succeeded"
+    ]
     assert len(ends) == 1
 
 
@@ -320,7 +322,9 @@ def test_two_workers_that_poll_the_same_settle_each_attempt_once(bench: Bench) -
         thread.join(20)
     bench.turn()
     assert batch.refresh().state == "succeeded"
-    succeeded = [e for e in bench.dispatcher.events(batch.id) if (e.kind, e.new) == ("chunk", "succeeded")]
+    succeeded = [
+        e for e in bench.dispatcher.events(batch.id) if (e.kind, e.new) == ("chunk", "succeeded")
+    ]
     assert len(succeeded) == 20
 
 

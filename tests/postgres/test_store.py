@@ -57,7 +57,7 @@ def test_a_broad_life_moves_along_the_edges_only_and_along_nearly_all_of_them(
                                       "state <> 'ended'") == [0], "the stray ended", step=3)  # fmt: skip
     bench.finish(first, step=5)
     bench.finish(second, step=5)
-    late = bench.enqueue(range(9), "packed")
+    late = bench.enqueue(range(25), "packed")
     bench.turn()
     bench.advance(3600)
     bench.finish(late, step=5)

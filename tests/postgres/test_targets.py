@@ -18,9 +18,7 @@ MakeBench = Callable[..., Bench]
 LEASE = timedelta(seconds=15)
 
 
-def lease(
-    store: Store, home: Mapping[str, str] | None = None, name: str = "there"
-) -> str | None:
+def lease(store: Store, home: Mapping[str, str] | None = None, name: str = "there") -> str | None:
     return store.lease(name, backend="null", limits={"max_running": 3}, home=home, lease=LEASE)
 
 
@@ -214,9 +212,7 @@ def test_the_pace_stays_between_a_twentieth_and_the_full_rate(bench: Bench) -> N
 
 
 def test_a_round_of_reads_stays_within_its_budget(make_bench: MakeBench) -> None:
-    bench = make_bench(
-        job(), limits={"reads_per_minute": 6.0}, settings={"page_size": 2}
-    )
+    bench = make_bench(job(), limits={"reads_per_minute": 6.0}, settings={"page_size": 2})
     bench.script(seconds=500)
     bench.enqueue(range(8))
     bench.turn()

@@ -275,7 +275,7 @@ class Died(BaseException):
     """The process is gone; nothing of it may run any more. No `except Exception` catches it."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Process:
     """A process of a story. The dead are replaced, never revived."""
 
@@ -285,7 +285,7 @@ class Process:
     dispatcher: Dispatcher | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One step of one process, on its way."""
 
@@ -619,14 +619,12 @@ class Story:
             assert run.finished, "the dead do nothing more"
         if process is self.app:
             self.app = self._new_app()
-        elif process in self.workers:
-            self.workers[self.workers.index(process)] = self._new_worker()
+        self.workers = [self._new_worker() if one is process else one for one in self.workers]
 
     def close(self) -> None:
         """End every thread of the story."""
-        for process in (self.app, *self.workers):
-            process.dead = True
         for run in self.frozen:
+            run.process.dead = True
             self._let_go(run)
         self.frozen.clear()
         NullWorld.forget(HERE)
@@ -747,7 +745,15 @@ class Story:
     # --- how it ends ------------------------------------------------------------------------------
 
     def calm_down(self) -> None:
-        """Let nothing go wrong any more: what is launched from now on ends well, and soon."""
+        """Let nothing go wrong any more: what is launched from now on ends well, and soon.
+
+        Workers that sleep in the middle of a step sleep on, and healthy ones stand beside them.
+        """
+        asleep = [run.process for run in self.frozen]
+        self.workers = [
+            self._new_worker() if worker in asleep else worker
+            for worker in self.workers
+        ]
         self.is_calm = True
         self.world._faults.clear()
 

@@ -1,0 +1,189 @@
+"""A request for a batch: checked, then written in the transaction of whoever makes it.
+
+An application makes one through `Dispatcher.enqueue`, a schedule through `engine/firer.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Any, Final, Self
+
+import sqlalchemy as sa
+
+from dispatcher.errors import IdempotencyConflict, InvalidInput, InvalidItems, NotAllowed
+from dispatcher.items import ItemsDigest, ItemStream, Page, is_uri, open_items, pages
+from dispatcher.job import Job
+from dispatcher.storage import check_uri
+from dispatcher.store import Store, new_batch_id
+from dispatcher.store.rows import NewBatch
+
+__all__ = ["BatchRequest"]
+
+LONGEST_KEY: Final = 200
+LONGEST_LABEL: Final = 63
+SHOWN: Final = 100
+
+
+class BatchRequest:
+    """What somebody asks for; made once, written once. A context manager, as it may hold a file.
+
+    Args:
+        job: The job, with what this request changes of it.
+        items: As `Dispatcher.enqueue` takes them.
+        params: Checked against the job's schema.
+        key: Idempotency key.
+        labels: Added to the job's.
+        actor: Who asks.
+
+    Raises:
+        InvalidInput: with the class that says what is wrong.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        items: object,
+        *,
+        params: Mapping[str, Any] | None,
+        key: str | None,
+        labels: Mapping[str, str] | None,
+        actor: str,
+    ) -> None:
+        _check_key(key)
+        checked = job.check_params(params)
+        merged = _check_labels({**job.labels, **(labels or {})})
+        source, self._stream = _items_from(job, items)
+        self._asked = {
+            "job": job.name,
+            "items": source,
+            "params": checked,
+            "chunk": job.chunk.model_dump(mode="json", exclude_none=True),
+        }
+        self._new = NewBatch(
+            id=new_batch_id(),
+            key=key,
+            request="{}",
+            job_name=job.name,
+            job=job.model_dump_json(exclude_defaults=True),
+            target=job.target,
+            params=json.dumps(checked),
+            labels=json.dumps(merged),
+            priority=job.priority,
+            items_from="pages" if source is None else source,
+            actor=actor,
+            deadline=job.deadline,
+            max_failed_chunks=job.success.max_failed_chunks,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def write(self, store: Store, tx: sa.Connection) -> str:
+        """Write the batch, or find the one that has its key; the id of either.
+
+        Raises:
+            InvalidItems: an item cannot be used; the transaction must be rolled back.
+            IdempotencyConflict: the key belongs to another request.
+        """
+        paged = pages(self._stream)
+        head = list(islice(paged, 2))
+        if len(head) <= 1:
+            return self._write_small(store, tx, head)
+        return self._write_paged(store, tx, chain(head, paged))
+
+    def _write_small(self, store: Store, tx: sa.Connection, head: list[Page]) -> str:
+        """Write a batch of one page at most, in one statement."""
+        digest = ItemsDigest()
+        for page in head:
+            digest.update(page)
+        asked = self._with(digest)
+        new = replace(self._new, request=json.dumps(asked))
+        count, items = (head[0].count, head[0].json) if head else (0, None)
+        if store.insert_batch(tx, new, count, items):
+            return new.id
+        return _match(store, tx, new.key or "", asked)
+
+    def _write_paged(self, store: Store, tx: sa.Connection, paged: Iterator[Page]) -> str:
+        """Write a batch page by page; what it asked for is known only at the end."""
+        digest = ItemsDigest()
+        first = next(paged)
+        digest.update(first)
+        inserted = store.insert_batch(tx, self._new, first.count, first.json)
+        for number, page in enumerate(paged, start=1):
+            digest.update(page)
+            if inserted:
+                store.insert_page(tx, self._new.id, number, page.count, page.json)
+        asked = self._with(digest)
+        if not inserted:
+            return _match(store, tx, self._new.key or "", asked)
+        store.set_request(tx, self._new.id, json.dumps(asked))
+        return self._new.id
+
+    def _with(self, digest: ItemsDigest) -> dict[str, Any]:
+        if self._asked["items"] is not None:
+            return self._asked
+        return {**self._asked, "items": f"{digest.count} items, sha256 {digest.hexdigest()}"}
+
+
+def _match(store: Store, tx: sa.Connection, key: str, asked: dict[str, Any]) -> str:
+    """Find the batch that has a key, and insist that it was the same request."""
+    found = store.request_of_key(tx, key)
+    if found is None:
+        raise NotAllowed(f'the batch of key "{key}" was removed at this moment; try again')
+    batch_id, theirs = found
+    differing = [
+        f"{name} there is {_shown(theirs.get(name))}, here {_shown(mine)}"
+        for name, mine in asked.items()
+        if mine != theirs.get(name)
+    ]
+    if differing:
+        raise IdempotencyConflict(
+            f'key "{key}" belongs to batch {batch_id}, a different request: '
+            f"{'; '.join(differing)}. Use another key for another request"
+        )
+    return batch_id
+
+
+def _items_from(job: Job, items: object) -> tuple[str | None, ItemStream]:
+    """Say where the items come from: pages (None) with their stream, a source, or a URI."""
+    if items is None:
+        if job.items is None:
+            raise InvalidItems(
+                f'job "{job.name}" has no item source: give items, or set items.source in the job'
+            )
+        return "source", open_items([])
+    if isinstance(items, str) and is_uri(items):
+        check_uri(items)
+        return items, open_items([])
+    return None, open_items(items)
+
+
+def _check_key(key: str | None) -> None:
+    if key is None:
+        return
+    if not isinstance(key, str) or not 1 <= len(key) <= LONGEST_KEY or "\0" in key:
+        raise InvalidInput(
+            f"key is {str(key)[:40]!r}; it must be a text of 1 to {LONGEST_KEY} characters"
+        )
+
+
+def _check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    for name, value in labels.items():
+        for text in (name, value):
+            if not isinstance(text, str) or len(text) > LONGEST_LABEL or "\0" in text:
+                raise InvalidInput(
+                    f"label {name!r} is {value!r}; names and values must be texts of at most "
+                    f"{LONGEST_LABEL} characters"
+                )
+    return dict(labels)
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

@@ -1,0 +1,102 @@
+"""From rows to the request of a launch: the same rows give the same request."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dispatcher.errors import InvalidInput
+from dispatcher.job import Job
+from dispatcher.requests import Plan, audit_copy, check_chunk, launch_request, new_key
+from dispatcher.testing import NullBackend, NullSettings
+
+ITEMS = {0: '["a",\n"b"]', 1: '["c"]', 2: "[]"}
+
+
+def job(**fields: Any) -> Job:
+    return Job.model_validate({"name": "work", "target": "t", "command": ["run", "it"], **fields})
+
+
+def plan(one: Job, params: dict[str, Any] | None = None, **settings: Any) -> Plan:
+    backend = NullBackend("test-requests", NullSettings(**settings))
+    return Plan.read("batch1", one, params or {}, {"team": "a"}, backend)
+
+
+def test_a_key_is_a_legal_name_everywhere_and_never_the_same() -> None:
+    keys = {new_key("abcdefghjk23") for _ in range(500)}
+    assert len(keys) == 500
+    assert all(re.fullmatch("[a-z][a-z0-9-]{0,49}", key) for key in keys)
+
+
+def test_a_request_says_all_that_a_backend_needs() -> None:
+    one = job(
+        args=["{items:csv}", "{param:day}"],
+        env={"PLACE": "{chunk.index}/{attempt}/{batch.id}", "FIXED": "x"},
+        params={"properties": {"day": {}}},
+        timeout="5m",
+        options={"max_tasks": 4, "parallelism": 3},
+    )
+    made = plan(one, {"day": "mon"})
+    request = launch_request(made, "key", "inst", [(0, 1), (1, 4)], ITEMS)
+    assert launch_request(made, "key", "inst", [(0, 1), (1, 4)], ITEMS) == request
+    assert (request.key, request.instance, request.batch_id) == ("key", "inst", "batch1")
+    assert (request.job, request.command) == ("work", ("run", "it"))
+    assert (request.timeout, request.parallelism) == (timedelta(minutes=5), 2)
+    assert request.labels == {"team": "a"}
+    first, second = request.tasks
+    assert (first.index, first.chunk_index, first.attempt) == (0, 0, 1)
+    assert (second.index, second.chunk_index, second.attempt) == (1, 1, 4)
+    assert first.items == ITEMS[0]
+    assert (first.args, second.args) == (("a,b", "mon"), ("c", "mon"))
+    assert second.env == {"PLACE": "1/4/batch1", "FIXED": "x"}
+
+
+def test_a_pack_is_as_large_as_job_and_backend_allow() -> None:
+    assert (plan(job()).max_tasks, plan(job()).parallelism) == (1, 1)
+    many = job(options={"max_tasks": 50, "parallelism": 20})
+    assert (plan(many).max_tasks, plan(many).parallelism) == (50, 20)
+    small = plan(many, max_tasks=10)
+    assert (small.max_tasks, small.parallelism) == (10, 10)
+
+
+def test_where_tasks_share_one_environment_a_job_that_differs_by_chunk_is_not_packed() -> None:
+    options = {"max_tasks": 50}
+    for part in ({"args": ["{items:json}"]}, {"env": {"A": "{chunk.index}"}}):
+        assert plan(job(options=options, **part), per_task_env=False).max_tasks == 1
+        assert plan(job(options=options, **part)).max_tasks == 50
+    assert plan(job(options=options, args=["{batch.id}"]), per_task_env=False).max_tasks == 50
+
+
+def test_options_that_the_backend_does_not_take_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        plan(job(options={"speed": "high"}))
+
+
+def test_an_execution_may_take_as_long_as_its_tasks_one_after_the_other() -> None:
+    made = plan(job(timeout="10m", start_timeout="2m", options={"max_tasks": 50, "parallelism": 4}))
+    assert made.times(1) == (timedelta(minutes=2), timedelta(minutes=10, seconds=30))
+    assert made.times(4) == made.times(1)
+    assert made.times(9) == (timedelta(minutes=2), timedelta(minutes=30, seconds=30))
+
+
+def test_the_audit_keeps_what_was_asked_without_its_secrets() -> None:
+    one = job(args=["{items:json}"], env={"API_TOKEN": "hunter2", "PLAIN": "x"})
+    request = launch_request(plan(one), "key", "inst", [(0, 1)], {0: '["a\\u0000\\\\u0000ä"]'})
+    kept = json.loads(audit_copy(request))
+    assert kept["command"] == ["run", "it"]
+    assert kept["args"] == ['["a\\u0000\\\\u0000ä"]']
+    assert kept["env"]["PLAIN"] == "x"
+    assert "hunter2" not in audit_copy(request)
+    assert (kept["tasks"], kept["parallelism"], kept["timeout"]) == (1, 1, 3600.0)
+
+
+def test_a_chunk_is_tried_in_its_templates_when_it_is_planned() -> None:
+    one = job(args=["{items:csv}", "fixed"])
+    check_chunk(one, "b", {}, 0, '["a", 1, true]')
+    with pytest.raises(InvalidInput, match=r"\{items:csv\} takes text, numbers, true and false"):
+        check_chunk(one, "b", {}, 0, '["a", null]')
