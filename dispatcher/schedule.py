@@ -51,7 +51,7 @@ class Schedule(BaseModel):
     """Minute, hour, day of month, month, day of week."""
 
     timezone: Annotated[str, AfterValidator(_check_zone)] = "UTC"
-    """In which the cron line is read; a time that a change of clocks leaves out fires just after."""
+    """In which the cron line is read; a time that a change of clocks skips fires just after."""
 
     job: str
     items: str | None = None

@@ -227,39 +227,40 @@ class Launcher:
 
     def _record(self, place: Place, answers: Sequence[tuple[Call, Future[Launched]]]) -> None:
         """Record what launch calls came to."""
-        launched: list[tuple[Call, Launched]] = []
-        unknown: dict[int, tuple[int, str]] = {}
-        postponed: dict[int, tuple[int, float, str]] = {}
-        rejected: list[Ending] = []
-        failures: list[str] = []
+        found = self._sort(answers)
+        if found.launched:
+            self._adopt(place, found.launched, reason=None)
+            place.came_up()
+        if found.unknown:
+            self._store.record_unknown(found.unknown)
+        if found.failures:
+            place.went_down(found.failures[0], resume_in=1.0 + 9.0 * self._roll())
+        if found.postponed:
+            self._store.postpone_calls(found.postponed)
+        self._set_pace(place, throttled=bool(found.postponed), answered=bool(found.launched))
+        if found.rejected:
+            self._settler.settle(place, found.rejected)
+
+    def _sort(self, answers: Sequence[tuple[Call, Future[Launched]]]) -> _Answers:
+        """Tell a handle, a refusal, a "not now" and an answer that leaves it open apart."""
+        found = _Answers()
         for call, future in answers:
             error = future.exception()
             if error is None:
-                launched.append((call, future.result()))
+                found.launched.append((call, future.result()))
             elif isinstance(error, Rejected):
-                rejected.append(_refused(call, plain(str(error))))
+                found.rejected.append(_refused(call, plain(str(error))))
             elif isinstance(error, Unavailable) and error.not_started:
                 after = error.retry_after.total_seconds() if error.retry_after else 5.0
                 after *= 1.0 + self._roll()
-                postponed[call.execution_id] = (call.number, after, plain(str(error)))
+                found.postponed[call.execution_id] = (call.number, after, plain(str(error)))
             else:
                 report_breach(error, _TooLate)
                 reason = plain(f"{type(error).__name__}: {error}".rstrip(": "))
-                unknown[call.execution_id] = (call.number, reason)
+                found.unknown[call.execution_id] = (call.number, reason)
                 if not isinstance(error, _TooLate):
-                    failures.append(reason)
-        if launched:
-            self._adopt(place, launched, reason=None)
-            place.came_up()
-        if unknown:
-            self._store.record_unknown(unknown)
-        if failures:
-            place.went_down(failures[0], resume_in=1.0 + 9.0 * self._roll())
-        if postponed:
-            self._store.postpone_calls(postponed)
-        self._set_pace(place, throttled=bool(postponed), answered=bool(launched))
-        if rejected:
-            self._settler.settle(place, rejected)
+                    found.failures.append(reason)
+        return found
 
     def _adopt(
         self, place: Place, found: Sequence[tuple[Call, Launched]], *, reason: str | None
@@ -347,6 +348,18 @@ class Launcher:
             return None
         plan = plans[row.batch_id]
         return Call(row.id, launch_request(plan, row.key, instance, chunks, items), plan)
+
+
+@dataclass(slots=True)
+class _Answers:
+    """The answers to launch calls, by what they say."""
+
+    launched: list[tuple[Call, Launched]] = field(default_factory=list)
+    unknown: dict[int, tuple[int, str]] = field(default_factory=dict)
+    postponed: dict[int, tuple[int, float, str]] = field(default_factory=dict)
+    rejected: list[Ending] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    """Why the target seems to be down."""
 
 
 class _TooLate(Exception):
