@@ -35,6 +35,7 @@ from dispatcher.config import Target
 from dispatcher.durations import format_duration
 from dispatcher.errors import DispatcherError, InvalidInput, Unreachable
 from dispatcher.job import Chunking, ItemSource, Job, Limits, RetryPolicy, SuccessPolicy
+from dispatcher.schedule import Schedule
 from dispatcher.settings import Settings
 from dispatcher.states import (
     BATCH_EDGES,
@@ -79,6 +80,9 @@ UNSAID: Final[Mapping[str, str]] = {
     "Job.success": "When a batch has succeeded, see below.",
     "Job.labels": "Kept with each batch; `enqueue` may add some.",
     "Target.name": "The key in the file, as a job's.",
+    "Schedule.name": "The key in the file, as a job's.",
+    "Schedule.job": "A configured job.",
+    "Schedule.params": "Checked against the job's schema.",
 }
 """What the code leaves unsaid because the name says it, in words for the tables."""
 
@@ -225,7 +229,7 @@ def bounds(marks: Sequence[Any]) -> str:
 
 def default(field: FieldInfo) -> str:
     """Write a field's default as a file would."""
-    value = field.default
+    value = {} if field.default_factory is dict else field.default
     if field.is_required():
         return "required"
     if value is None:
@@ -270,6 +274,7 @@ def job_file() -> Iterator[str]:
         ("`limits` of a job", Limits),
         ("`success` of a job", SuccessPolicy),
         ("`options` of a job on the local backend", LocalOptions),
+        ("A schedule: `schedules.NAME`", Schedule),
     )
     for title, model in parts:
         yield f"### {title}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Final
 
@@ -302,7 +302,7 @@ class Launcher:
                 self._store.postpone_look(row.id, delay)
             else:
                 rest = ASKED[CancelKind.INVALID]
-                self._settler.settle(place, [Ending(row.id, final=True, rest=rest)])
+                self._settler.settle(place, [Ending(row.id, final=True, rest=rest, call=row.calls)])
             return
         try:
             found = place.backend.find(call.request)
@@ -318,7 +318,7 @@ class Launcher:
             self._store.looked(row.id, delay)
         elif row.cancel_kind is not None:
             rest = ASKED[CancelKind(row.cancel_kind)]
-            self._settler.settle(place, [Ending(row.id, final=True, rest=rest)])
+            self._settler.settle(place, [Ending(row.id, final=True, rest=rest, call=row.calls)])
         else:
             self._repeat(place, row, call, "not found by its key")
 
@@ -331,7 +331,9 @@ class Launcher:
     def _repeat(self, place: Place, row: ExecutionRow, call: Call, reason: str) -> None:
         """Call once more under the same key."""
         by = self._monotonic() + self._window.total_seconds()
-        number = self._store.call_again(row.id, old=row.state, window=self._window, reason=reason)
+        number = self._store.call_again(
+            row.id, old=row.state, calls=row.calls, window=self._window, reason=reason
+        )
         if number is not None:
             self._call(place, [replace(call, number=number)], by)
 

@@ -20,6 +20,7 @@ from dispatcher.config import Target
 from dispatcher.requests import Plan
 from dispatcher.states import Outcome
 from dispatcher.store import Store
+from dispatcher.store.rows import ExecutionRow
 from dispatcher.watching import Watch
 
 __all__ = ["Call", "Ending", "Place", "Round", "boottime", "plain", "report_breach"]
@@ -100,7 +101,15 @@ class Ending:
 
     reason: str | None = None
     call: int | None = None
-    """The number of the launch call that was answered so; None where it is not about a call."""
+    """The number of the launch call that it is about; None where it is about what runs."""
+
+    def holds(self, row: ExecutionRow) -> bool:
+        """Say if it still tells of this row.
+
+        What is known of a launch call is no news of the execution once another call was begun, or
+        once somebody has found what the call started.
+        """
+        return self.call is None or (self.call == row.calls and row.handle is None)
 
 
 def plain(words: str) -> str:

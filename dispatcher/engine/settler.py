@@ -72,7 +72,7 @@ class Settler:
             ended: dict[int, str | None] = {}
             for ending in endings:
                 row = executions.get(ending.execution_id)
-                if row is not None and ending.call in (None, row.calls):
+                if row is not None and ending.holds(row):
                     closings += _closings(row, ending, attempts)
                     if ending.final:
                         ended[row.id] = ending.reason

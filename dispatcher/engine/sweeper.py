@@ -59,7 +59,7 @@ class Sweeper:
         self._settler.settle(
             place,
             [
-                Ending(row.id, final=True, rest=ASKED[CancelKind(row.cancel_kind)])
+                Ending(row.id, final=True, rest=ASKED[CancelKind(row.cancel_kind)], call=row.calls)
                 for row in due.get("uncalled", ())
                 if row.cancel_kind is not None
             ],

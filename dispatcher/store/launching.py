@@ -465,10 +465,11 @@ class LaunchStore(BaseStore):
             return moved.rowcount
 
     def call_again(
-        self, execution_id: int, *, old: str, window: timedelta, reason: str
+        self, execution_id: int, *, old: str, calls: int, window: timedelta, reason: str
     ) -> int | None:
         """intended (throttled) or unknown (not found) → intended, with the same key.
 
+        `calls` is how many were made when that was found out: who has slept since knows too little.
         Returns the number of the call that may now be made, or None if it may not.
         """
         with self.transaction() as tx:
@@ -480,7 +481,8 @@ class LaunchStore(BaseStore):
                     SET state = 'intended', call_by = now() + CAST(:window AS interval),
                         next_call_at = NULL, next_look_at = NULL, calls = calls + 1,
                         worker = :actor, reason = NULL
-                    WHERE id = :id AND state = :old AND cancel_requested_at IS NULL
+                    WHERE id = :id AND state = :old AND calls = :calls
+                        AND cancel_requested_at IS NULL
                         AND (call_by IS NULL OR call_by < now())
                     RETURNING id, batch_id, calls
                 ), v AS (
@@ -494,6 +496,7 @@ class LaunchStore(BaseStore):
                 """,
                 id=execution_id,
                 old=old,
+                calls=calls,
                 window=window,
                 actor=self.actor,
                 reason=reason,

@@ -88,7 +88,7 @@ def test_a_success_that_came_before_the_cancel_stays_one(bench: Bench) -> None:
 
 
 def test_what_was_never_enqueued_cannot_be_cancelled(bench: Bench) -> None:
-    with pytest.raises(UnknownBatch, match='^no batch "nobody"; `dispatcher batches` lists them$'):
+    with pytest.raises(UnknownBatch, match=r'^no batch "nobody"; `dispatcher batches` lists them$'):
         bench.dispatcher.cancel("nobody")
 
 
@@ -424,7 +424,7 @@ def test_a_retry_needs_a_final_batch_and_something_to_do(bench: Bench) -> None:
         bench.dispatcher.retry("nobody")
     empty = bench.enqueue([])
     bench.turn()
-    with pytest.raises(NotAllowed, match="has no chunk to retry"):
+    with pytest.raises(NotAllowed, match=r"has no chunk to retry"):
         bench.dispatcher.retry(empty.id, failed_only=False)
 
 

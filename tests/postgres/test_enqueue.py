@@ -175,7 +175,7 @@ def test_items_that_cannot_be_used_leave_nothing_behind(bench: Bench, tmp_path: 
         bench.enqueue(["\ud800"])
     with pytest.raises(InvalidItems):
         bench.enqueue(tmp_path / "nowhere.jsonl")
-    with pytest.raises(InvalidItems, match='^job "work" has no item source: give items, or set'):
+    with pytest.raises(InvalidItems, match=r'^job "work" has no item source: give items, or set'):
         bench.enqueue(None)
     assert counts(bench) == (0, 0)
 
@@ -228,8 +228,10 @@ def test_an_unknown_job_is_refused_by_name(bench: Bench) -> None:
         ),
         (
             {"connection": "postgres://"},
-            "connection is a str; it must be a sqlalchemy.Connection: of a Session, pass "
-            "session.connection()",
+            (
+                "connection is a str; it must be a sqlalchemy.Connection: of a Session, pass "
+                "session.connection()"
+            ),
         ),
     ],
 )
@@ -393,7 +395,7 @@ def test_an_id_may_be_shortened_as_long_as_it_is_one_batchs(bench: Bench) -> Non
     with pytest.raises(UnknownBatch, match=f'^more than one batch begins with "{batch.id[:4]}": '):
         bench.dispatcher.find(batch.id[:4])
     for prefix in ("", "no-such", "%"):
-        with pytest.raises(UnknownBatch, match="^no batch "):
+        with pytest.raises(UnknownBatch, match=r"^no batch "):
             bench.dispatcher.find(prefix)
 
 
@@ -410,7 +412,7 @@ def test_batches_are_listed_newest_first(make_bench: MakeBench) -> None:
     assert [b.id for b in listed(since=made[1].created_at)] == [made[2].id, made[1].id]
     bench.finish(made[0])
     assert {b.id for b in listed(state="succeeded")} == {b.id for b in made}
-    with pytest.raises(InvalidInput, match='^state is "done"; it must be one of planning, '):
+    with pytest.raises(InvalidInput, match=r'^state is "done"; it must be one of planning, '):
         listed(state="done")
 
 

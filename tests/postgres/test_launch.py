@@ -1,4 +1,4 @@
-"""Launch once: the intent before the call, one answer for every ambiguity, one execution for a key."""
+"""Launch once: the intent before the call, every ambiguity cleared up, one execution for a key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 from workbench import HERE, Bench, eventually, job
 
-from dispatcher.backends.base import Backend, Handle, Launched, LaunchRequest, Report, Unavailable
+from dispatcher.backends.base import (
+    Backend,
+    Handle,
+    Launched,
+    LaunchRequest,
+    Report,
+    TaskReport,
+    Unavailable,
+)
+from dispatcher.engine.place import Ending as Given
+from dispatcher.states import Outcome
 from dispatcher.testing import Ending, Fault
 
 RUNS = Ending(seconds=60)
@@ -334,8 +344,6 @@ def test_what_runs_and_nobody_owns_is_found_and_cancelled(bench: Bench) -> None:
     assert bench.executions() == ["launched"], "what is ours is no stray"
     # Lost by the tables' word, alive by the provider's.
     (execution,) = bench.sql("SELECT id FROM dispatcher.execution")
-    from dispatcher.engine.place import Ending as Given  # noqa: PLC0415 - one use, another Ending
-
     bench.engine._settler.settle(bench.engine.places[HERE], [Given(execution, final=True)])
     assert bench.states(batch) == ["pending"]
     bench.engine.sweep_strays(HERE)
@@ -437,7 +445,7 @@ def test_what_a_provider_says_may_hold_any_character(spied: tuple[Bench, Spy]) -
             raise Unavailable("odd \0 words \udc80 here")
 
     spy.after = fail
-    bench.script(Ending(outcome="failed", reason="also \0 and \udc80", output=("log \0 \udc80",)))  # type: ignore[arg-type]  # a StrEnum's word
+    bench.script(Ending(Outcome.FAILED, reason="also \0 and \udc80", output=("log \0 \udc80",)))
     batch = bench.finish(bench.enqueue([1]))
     assert batch.state == "succeeded"
     assert bench.outcomes(batch) == ["failed", "succeeded"]
@@ -483,6 +491,8 @@ def test_a_late_throttled_answer_does_not_touch_the_next_call(bench: Bench) -> N
     late = bench.sql("SELECT call_by FROM dispatcher.execution")
     bench.store.postpone_calls({execution: (1, 5.0, "throttled")})
     bench.store.record_unknown({execution: (1, "timeout")})
+    refused = Given(execution, (TaskReport(0, Outcome.REJECTED),), final=True, call=1)
+    bench.engine._settler.settle(bench.engine.places[HERE], [refused])
     assert bench.executions() == ["intended"]
     assert bench.sql("SELECT call_by FROM dispatcher.execution") == late
     bench.store.postpone_calls({execution: (2, 5.0, "throttled")})

@@ -75,7 +75,7 @@ class Explained:
         """Keep the plan of each statement that the engine executes meanwhile."""
         engine = self.bench.store.engine
 
-        def before(connection: Any, cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        def before(connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
             if "dispatcher." not in statement:
                 return
             with connection.connection.driver_connection.cursor() as own:

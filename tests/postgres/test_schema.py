@@ -55,6 +55,8 @@ def empty_url(postgres: str) -> Iterator[str]:
 
 # --- constraints ----------------------------------------------------------------------------------
 
+ATTEMPT = "batch_id, chunk_index, number, execution_id, task_index, opened_at"
+
 NONSENSE: dict[str, tuple[str, type[psycopg.Error], str]] = {
     "a second installation": (
         "INSERT INTO installation (one, instance, oldest_code) VALUES (false, 'x', 1)",
@@ -99,8 +101,10 @@ NONSENSE: dict[str, tuple[str, type[psycopg.Error], str]] = {
         "batch_key_key",
     ),
     "a chunk of no batch": (
-        "INSERT INTO chunk (batch_id, index, state, size, due_at) "
-        "VALUES ('nobody', 0, 'pending', 1, now())",
+        (
+            "INSERT INTO chunk (batch_id, index, state, size, due_at) "
+            "VALUES ('nobody', 0, 'pending', 1, now())"
+        ),
         errors.ForeignKeyViolation,
         "chunk_batch_id_fkey",
     ),
@@ -130,27 +134,32 @@ NONSENSE: dict[str, tuple[str, type[psycopg.Error], str]] = {
         "attempt_settled",
     ),
     "a second open attempt of a chunk": (
-        "INSERT INTO attempt (batch_id, chunk_index, number, execution_id, task_index, opened_at) "
-        "SELECT batch_id, chunk_index, 2, execution_id, 7, now() FROM attempt",
+        (
+            "INSERT INTO attempt (COLUMNS) "
+            "SELECT batch_id, chunk_index, 2, execution_id, 7, now() FROM attempt"
+        ),
         errors.UniqueViolation,
         "attempt_open",
     ),
     "a number that was used": (
-        "INSERT INTO attempt (batch_id, chunk_index, number, execution_id, task_index, opened_at, "
-        "outcome, settled_at) SELECT batch_id, chunk_index, number, execution_id, 7, now(), "
-        "'failed', now() FROM attempt",
+        (
+            "INSERT INTO attempt (COLUMNS, "
+            "outcome, settled_at) SELECT batch_id, chunk_index, number, execution_id, 7, now(), "
+            "'failed', now() FROM attempt"
+        ),
         errors.UniqueViolation,
         "attempt_pkey",
     ),
     "two attempts at one place of an execution": (
-        "INSERT INTO attempt (batch_id, chunk_index, number, execution_id, task_index, opened_at) "
-        "SELECT batch_id, 9, 1, execution_id, task_index, now() FROM attempt",
+        (
+            "INSERT INTO attempt (COLUMNS) "
+            "SELECT batch_id, 9, 1, execution_id, task_index, now() FROM attempt"
+        ),
         errors.UniqueViolation,
         "attempt_execution_id_key",
     ),
     "an attempt of no execution": (
-        "INSERT INTO attempt (batch_id, chunk_index, number, execution_id, task_index, opened_at) "
-        "VALUES ('b', 0, 1, 999999, 0, now())",
+        ("INSERT INTO attempt (COLUMNS) VALUES ('b', 0, 1, 999999, 0, now())"),
         errors.ForeignKeyViolation,
         "attempt_execution_id_fkey",
     ),
@@ -195,8 +204,10 @@ NONSENSE: dict[str, tuple[str, type[psycopg.Error], str]] = {
         "execution_cancel_has_kind",
     ),
     "two executions of one key": (
-        "INSERT INTO execution (key, target, state, tasks, open_tasks, parallelism, intent_at) "
-        "SELECT key, target, 'unknown', 1, 1, 1, now() FROM execution",
+        (
+            "INSERT INTO execution (key, target, state, tasks, open_tasks, parallelism, intent_at) "
+            "SELECT key, target, 'unknown', 1, 1, 1, now() FROM execution"
+        ),
         errors.UniqueViolation,
         "execution_key_key",
     ),
@@ -212,8 +223,10 @@ NONSENSE: dict[str, tuple[str, type[psycopg.Error], str]] = {
         "target_pace",
     ),
     "two firings of one due time": (
-        "INSERT INTO schedule_firing (schedule, due_at, fired_at, actor) "
-        "VALUES ('s', '2026-01-01', now(), 'a'), ('s', '2026-01-01', now(), 'b')",
+        (
+            "INSERT INTO schedule_firing (schedule, due_at, fired_at, actor) "
+            "VALUES ('s', '2026-01-01', now(), 'a'), ('s', '2026-01-01', now(), 'b')"
+        ),
         errors.UniqueViolation,
         "schedule_firing_pkey",
     ),
@@ -237,15 +250,10 @@ def connection(bench: Bench) -> Iterator[psycopg.Connection]:
 
 def test_the_tables_refuse_nonsense(connection: psycopg.Connection) -> None:
     """One database for all of it: what is refused leaves nothing behind."""
-    accepted = []
     for what, (statement, error, constraint) in NONSENSE.items():
-        try:
-            connection.execute(statement.encode())
-        except error as refusal:
-            assert refusal.diag.constraint_name == constraint, what
-        else:
-            accepted.append(what)
-    assert accepted == []
+        with pytest.raises(error) as refused:
+            connection.execute(statement.replace("COLUMNS", ATTEMPT).encode())
+        assert refused.value.diag.constraint_name == constraint, what
 
 
 def test_every_constraint_is_tried(connection: psycopg.Connection) -> None:
@@ -323,7 +331,7 @@ def differences(url: str) -> list[Any]:
 
 
 def catalogue(url: str) -> list[str]:
-    """What Postgres itself says of the tables: columns, comments, constraints, indexes, triggers."""
+    """What Postgres itself says of the tables: columns, comments, constraints, indexes."""
     engine = looking(url)
     try:
         with engine.connect() as connection:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
@@ -558,7 +559,7 @@ class Story:
     def names(self) -> Iterator[None]:
         """Let ids and keys be the same each time that the story is told."""
         with (
-            mock.patch("dispatcher.client.new_batch_id", lambda: f"b{next(self._numbers)}"),
+            mock.patch("uuid.uuid4", lambda: uuid.UUID(int=next(self._numbers))),
             mock.patch(
                 "dispatcher.engine.launcher.new_key",
                 lambda batch: f"d-{batch}-{next(self._numbers)}",
@@ -692,8 +693,11 @@ class Story:
 
     def _ask(self, die: At | None, what: Callable[[], object]) -> None:
         self._act(Run(self.app, what, die))
-        known = self.database.raw.execute("SELECT id FROM dispatcher.batch ORDER BY created_at, id")
-        self.batches = sorted((row[0] for row in known), key=lambda name: int(name[1:]))
+        known = self.database.raw.execute(
+            "SELECT batch_id FROM dispatcher.event"
+            " WHERE kind = 'batch' AND old IS NULL AND new IS NOT NULL ORDER BY id"
+        )
+        self.batches = [row[0] for row in known]
 
     def _client(self) -> Dispatcher:
         dispatcher = self.app.dispatcher
@@ -701,7 +705,7 @@ class Story:
         return dispatcher
 
     def _batch(self, number: int) -> str:
-        return self.batches[number % len(self.batches)] if self.batches else "b0"
+        return self.batches[number % len(self.batches)] if self.batches else "none"
 
     def _enqueue(self, step: Enqueue) -> None:
         """Ask for a batch, and see that its key is worth something."""
@@ -727,7 +731,9 @@ class Story:
         live = [e for e in world._executions.values() if any(run.end > now for run in e.runs)]
         match step:
             case TaskEnds(which, outcome):
-                runs = [(e.handle, r.task.index) for e in live for r in e.runs if r.start <= now < r.end]
+                runs = [
+                    (e.handle, r.task.index) for e in live for r in e.runs if r.start <= now < r.end
+                ]
                 if runs:
                     handle, index = runs[which % len(runs)]
                     world.kill(handle, index, outcome)
@@ -751,8 +757,7 @@ class Story:
         """
         asleep = [run.process for run in self.frozen]
         self.workers = [
-            self._new_worker() if worker in asleep else worker
-            for worker in self.workers
+            self._new_worker() if worker in asleep else worker for worker in self.workers
         ]
         self.is_calm = True
         self.world._faults.clear()
@@ -782,7 +787,9 @@ def tell(database: Database, place: Provider, steps: Iterable[Step]) -> Story:
             truths.check()
         truths.comes_to_an_end()
     except BaseException as error:
-        error.add_note(f"the story so far:\n{place},\n[\n    " + ",\n    ".join(map(repr, told)) + "\n]")
+        error.add_note(
+            f"the story so far:\n{place},\n[\n    " + ",\n    ".join(map(repr, told)) + "\n]"
+        )
         raise
     finally:
         story.close()

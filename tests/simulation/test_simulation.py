@@ -48,7 +48,11 @@ def seldom(strategy: st.SearchStrategy[T]) -> st.SearchStrategy[T | None]:
 
 
 OUTSIDE = ["before a transaction", "after a commit"]
-CALLS = [f"{when} {verb}" for verb in ("find", "poll", "cancel", "strays") for when in ("before", "after")]
+CALLS = [
+    f"{when} {verb}"
+    for verb in ("find", "poll", "cancel", "strays")
+    for when in ("before", "after")
+]
 LAUNCHES = ["before launch", "after launch"]
 TIMES = st.integers(1, 6)
 FEW = st.integers(1, 2)

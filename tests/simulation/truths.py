@@ -137,9 +137,12 @@ class Truths:
                 handle = execution.handle
                 owned = row[4] in LIVE and row[6] in (None, handle)
                 assert owned or handle in strays, f"{handle} runs and belongs to nobody: {row}"
-        final = {row[0] for row in self._rows(
-            "SELECT id FROM dispatcher.batch WHERE state IN ('succeeded', 'failed', 'cancelled')"
-        )}
+        final = {
+            row[0]
+            for row in self._rows(
+                "SELECT id FROM dispatcher.batch WHERE state IN ('succeeded', 'failed', 'cancelled')"
+            )
+        }
         for handle, execution in world._executions.items():
             request = execution.request
             if request.batch_id in final and request.key not in story.late:
