@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from dispatcher.job import Chunking, ItemSource, Job, Limits, RetryPolicy, SuccessPolicy
     from dispatcher.queries import Attempt, Chunk, Event, Output
+    from dispatcher.schedule import Schedule
     from dispatcher.states import BatchState, ChunkState, ExecutionState, Outcome
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Outcome",
     "Output",
     "RetryPolicy",
+    "Schedule",
     "SchemaMismatch",
     "Settings",
     "SuccessPolicy",
@@ -89,6 +91,7 @@ _HOMES = {
     "Outcome": "dispatcher.states",
     "Output": "dispatcher.queries",
     "RetryPolicy": "dispatcher.job",
+    "Schedule": "dispatcher.schedule",
     "SchemaMismatch": "dispatcher.errors",
     "Settings": "dispatcher.config",
     "SuccessPolicy": "dispatcher.job",

@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     """Launches that one worker has open at once, at most."""
 
     sweep_interval: Duration = timedelta(seconds=2)
-    heartbeat: Duration = timedelta(seconds=10)
+    heartbeat: Duration = timedelta(seconds=5)
     """How often a worker says that it lives."""
 
     lease: Duration = timedelta(seconds=15)

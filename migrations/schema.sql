@@ -280,6 +280,7 @@ CREATE INDEX batch_recent ON dispatcher.batch USING btree (created_at DESC, id);
 CREATE INDEX batch_unplanned ON dispatcher.batch USING btree (created_at) WHERE (state = 'planning'::text);
 CREATE INDEX chunk_due ON dispatcher.chunk USING btree (batch_id, due_at, index) WHERE (state = 'pending'::text);
 CREATE INDEX chunk_open ON dispatcher.chunk USING btree (batch_id) WHERE (state = ANY (ARRAY['launching'::text, 'pending'::text, 'running'::text]));
+CREATE INDEX event_at ON dispatcher.event USING brin (at);
 CREATE INDEX event_batch ON dispatcher.event USING btree (batch_id, id);
 CREATE INDEX execution_batch ON dispatcher.execution USING btree (batch_id, id);
 CREATE INDEX execution_live ON dispatcher.execution USING btree (target, state, id) WHERE (state = ANY (ARRAY['intended'::text, 'launched'::text, 'unknown'::text]));

@@ -149,7 +149,7 @@ class Clock:
     def _beat(self) -> None:
         """Write the heartbeat and renew the leases; a database that is gone stops neither."""
         settings = self._run.settings
-        self._next_beat = time.monotonic() + settings.heartbeat.total_seconds() / 2
+        self._next_beat = time.monotonic() + settings.heartbeat.total_seconds()
         try:
             self._check()
             for name, place in self._run.engine.places.items():

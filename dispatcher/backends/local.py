@@ -454,8 +454,13 @@ class LocalBackend:
         return Report(Phase.ENDED, began, (*ended.values(), *lost))
 
     def _executions(self) -> Iterator[Path]:
+        """Name the executions; a file that somebody has left in the spool is none."""
         if self._spool.exists():
-            yield from (path for path in self._spool.iterdir() if _KEY.fullmatch(path.name))
+            yield from (
+                path
+                for path in self._spool.iterdir()
+                if _KEY.fullmatch(path.name) and path.is_dir()
+            )
 
 
 _SHIM_FOLDER: Final = str(Path(shim.__file__).parent)

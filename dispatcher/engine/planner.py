@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Generator, Mapping
 from datetime import timedelta
 from typing import Final
@@ -23,6 +24,9 @@ from dispatcher.store import Planning, Store
 __all__ = ["Planner"]
 
 log = structlog.get_logger(__name__)
+
+OURS: Final = "DISPATCHER_"
+"""Variables that item sources do not get, as jobs do not: the database's password is in one."""
 
 PLAN_ROWS: Final = 500
 PLAN_BYTES: Final = 4 << 20
@@ -86,7 +90,10 @@ class Planner:
                 raise InvalidInput(f"job {job.name} has no item source any more")
             source = job.items
             stream = run_source(
-                source.source, planning.params, timeout=source.timeout.total_seconds()
+                source.source,
+                planning.params,
+                timeout=source.timeout.total_seconds(),
+                env={k: v for k, v in os.environ.items() if not k.startswith(OURS)},
             )
         else:
             stream = read_items(planning.items_from)

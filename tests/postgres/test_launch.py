@@ -486,7 +486,7 @@ def test_a_late_throttled_answer_does_not_touch_the_next_call(bench: Bench) -> N
     bench.turn(16)
     bench.advance(60)
     assert bench.store.call_again(
-        execution, old="unknown", window=timedelta(seconds=15), reason="not found"
+        execution, old="unknown", calls=1, window=timedelta(seconds=15), reason="not found"
     )
     late = bench.sql("SELECT call_by FROM dispatcher.execution")
     bench.store.postpone_calls({execution: (1, 5.0, "throttled")})

@@ -575,7 +575,7 @@ class ShortLocal(LocalBackend):
 def local(spool: str) -> Config:
     settings = LocalSettings(spool=Path(spool), stop_grace=0.2)
     target = Target(name=HERE, backend="local", settings=settings)
-    command = ["sh", "-c", 'echo "$ITEM" >> "$OUT"; sleep 4']
+    command = ["sh", "-c", 'echo "$ITEM" >> "$OUT"; sleep 1']
     env = {"ITEM": "{items:csv}", "OUT": f"{spool}/out"}
     once = Job.model_validate({"name": "once", "target": HERE, "command": command, "env": env})
     return Config({HERE: target}, {"once": once}, "test")

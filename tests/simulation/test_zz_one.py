@@ -1,7 +1,7 @@
 from simulation.story import *
-from dispatcher.testing import Fault
+
 from dispatcher.states import Outcome
-import pytest
+from dispatcher.testing import Fault
 
 
 def test_f2(database_url):

@@ -109,7 +109,7 @@ def test_settings_have_defaults() -> None:
     assert settings.log_format == "console"
     assert settings.launch_concurrency == 16
     assert settings.sweep_interval == timedelta(seconds=2)
-    assert settings.heartbeat == timedelta(seconds=10)
+    assert settings.heartbeat == timedelta(seconds=5)
     assert settings.lease == timedelta(seconds=15)
     assert settings.call_window == timedelta(seconds=15)
     assert settings.pool_size == 8
@@ -194,7 +194,7 @@ def test_everything_wrong_is_told_at_once_by_its_variable(
         ("storage_url", "/data"),
         ("storage_url", "gs://"),
         ("storage_url", "s3://[bucket"),
-        ("lease", 10),
+        ("lease", 5),
         ("log_level", 10),
     ],
 )
@@ -204,11 +204,11 @@ def test_other_values_are_refused(name: str, value: object) -> None:
 
 
 def test_a_lease_outlives_the_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DISPATCHER_LEASE", "10s")
+    monkeypatch.setenv("DISPATCHER_LEASE", "5s")
     with pytest.raises(ConfigurationError) as caught:
         load_settings(database_url=DATABASE)
     assert str(caught.value) == (
-        'DISPATCHER_LEASE is "10s"; it must be longer than the heartbeat, 10s'
+        'DISPATCHER_LEASE is "5s"; it must be longer than the heartbeat, 5s'
     )
 
 
@@ -348,7 +348,7 @@ jobs:
   c: {target: gone, command: [x], chunk: {}, chunk: {size: 1}, options: {unread: 1}}
   d:
   e: {command: [x], name: f}
-schedules: {}
+tagets: {}
 """
 
 
@@ -358,7 +358,7 @@ def test_everything_wrong_in_a_file_is_told_at_once_with_its_path() -> None:
     )
     assert problems_of_yaml(BAD) == [
         'jobs.yaml:17:46: the key "chunk" is given twice in one mapping; leave one out',
-        "jobs.yaml: schedules is not a known key; allowed: jobs, targets",
+        "jobs.yaml: tagets is not a known key; allowed: jobs, schedules, targets (did you mean "targets"?)",
         "jobs.yaml: targets.5 is no name, which must be text: put it in quotes",
         (
             f"jobs.yaml: targets.here.regoin is not a known key; allowed: {target_keys} "

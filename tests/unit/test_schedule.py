@@ -82,7 +82,7 @@ schedules:
     ("given", "said"),
     [
         ("{cron: 0 2 * *, job: export}", "schedules.nightly.cron"),
-        ("{cron: 0 2 * * *, job: exprt}", 'it must be a configured job: export, plain (did you'),
+        ("{cron: 0 2 * * *, job: exprt}", "it must be a configured job: export, plain (did you"),
         ("{cron: 0 2 * * *, job: export, timezone: Mars}", "is no time zone; it must be a name"),
         ("{cron: 0 2 * * *, job: plain}", 'items is missing, and job "plain" has no item source'),
         ("{cron: 0 2 * * *, job: export, params: {a: 1}}", "schedules.nightly.params do not fit"),
