@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any, Self
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 
 from dispatcher import queries, schema
 from dispatcher.config import Config, Settings, load_config, load_settings
@@ -313,7 +314,7 @@ class Dispatcher:
                     batch_id,
                     failed_only=failed_only,
                     actor=self.settings.actor,
-                    deadline=Job.model_validate(kept[0]).deadline,
+                    deadline=_deadline_of(batch_id, kept[0]),
                 )
 
         found = again(step)
@@ -329,3 +330,13 @@ class Dispatcher:
             raise NotAllowed(f"batch {batch_id} is {state} and has no chunk to retry")
         self._waker.tap(PLAN, batch_id=batch_id)
         return self.get(batch_id)
+
+
+def _deadline_of(batch_id: str, job: dict[str, Any]) -> timedelta:
+    """Read the deadline of the job that a batch keeps."""
+    try:
+        return Job.model_validate(job).deadline
+    except ValidationError as error:
+        raise NotAllowed(
+            f"batch {batch_id} cannot be retried: this version cannot read its job: {error}"
+        ) from error

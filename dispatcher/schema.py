@@ -234,6 +234,13 @@ execution = sa.Table(
     sa.Column("target", sa.Text, nullable=False),
     sa.Column("batch_id", sa.Text, comment="null for a stray of an unknown batch"),
     sa.Column("job_name", sa.Text),
+    sa.Column(
+        "code_version",
+        sa.Integer,
+        nullable=False,
+        server_default=sa.text("1"),
+        comment="the code that wrote its job; older workers leave it alone",
+    ),
     sa.Column("state", sa.Text, nullable=False),
     sa.Column("stray", sa.Boolean, nullable=False, server_default=sa.text("false")),
     sa.Column("tasks", sa.Integer, nullable=False),

@@ -134,6 +134,7 @@ CREATE TABLE dispatcher.execution (
     target text NOT NULL,
     batch_id text,
     job_name text,
+    code_version integer DEFAULT 1 NOT NULL,
     state text NOT NULL,
     stray boolean DEFAULT false NOT NULL,
     tasks integer NOT NULL,
@@ -172,6 +173,7 @@ CREATE TABLE dispatcher.execution (
 );
 COMMENT ON COLUMN dispatcher.execution.key IS 'its name at the provider';
 COMMENT ON COLUMN dispatcher.execution.batch_id IS 'null for a stray of an unknown batch';
+COMMENT ON COLUMN dispatcher.execution.code_version IS 'the code that wrote its job; older workers leave it alone';
 COMMENT ON COLUMN dispatcher.execution.request IS 'what was asked of the provider; secrets redacted';
 COMMENT ON COLUMN dispatcher.execution.worker IS 'who made the last launch call';
 COMMENT ON COLUMN dispatcher.execution.calls IS 'launch calls';

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
+from dispatcher import schema
 from dispatcher.states import CancelKind
 from dispatcher.store.base import EXECUTION_COLUMNS, LIVE, BaseStore
 from dispatcher.store.rows import (
@@ -24,9 +25,10 @@ class FollowStore(BaseStore):
                 tx,
                 """
                 SELECT array_agg(id) FROM dispatcher.execution
-                WHERE target = :target AND state = 'launched'
+                WHERE target = :target AND state = 'launched' AND code_version <= :code_version
                 """,
                 target=target,
+                code_version=schema.CODE_VERSION,
             ).scalar_one()
             return ids or []
 
@@ -169,8 +171,10 @@ class FollowStore(BaseStore):
                     END AS what
                 ) w
                 WHERE e.target = :target AND e.state IN {LIVE} AND w.what IS NOT NULL
+                    AND e.code_version <= :code_version
                 ORDER BY e.id LIMIT 1000
                 """,  # noqa: S608 - constants of this module
+                code_version=schema.CODE_VERSION,
                 target=target,
             )
             found: dict[str, list[ExecutionRow]] = {}

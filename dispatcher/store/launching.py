@@ -200,11 +200,12 @@ class LaunchStore(BaseStore):
             """
             WITH e AS (
                 INSERT INTO dispatcher.execution (
-                    key, target, batch_id, job_name, state, tasks, open_tasks, parallelism, request,
-                    worker, intent_at, calls, call_by
+                    key, target, batch_id, job_name, code_version, state, tasks, open_tasks,
+                    parallelism, request, worker, intent_at, calls, call_by
                 )
-                SELECT n.key, :target, n.batch_id, n.job_name, 'intended', n.tasks, n.tasks,
-                    n.parallelism, n.request::json, :actor, now(), 1,
+                SELECT n.key, :target, n.batch_id, n.job_name,
+                    (SELECT b.code_version FROM dispatcher.batch b WHERE b.id = n.batch_id),
+                    'intended', n.tasks, n.tasks, n.parallelism, n.request::json, :actor, now(), 1,
                     now() + CAST(:window AS interval)
                 FROM unnest(
                     CAST(:keys AS text[]), CAST(:batches AS text[]), CAST(:jobs AS text[]),
@@ -452,6 +453,7 @@ class LaunchStore(BaseStore):
                     SET state = 'unknown', looks = 0, next_look_at = now(),
                         reason = 'no answer to the launch call was recorded in time'
                     WHERE target = :target AND state = 'intended' AND call_by < now()
+                        AND code_version <= :code_version
                     RETURNING id, batch_id, reason
                 )
                 INSERT INTO dispatcher.event
@@ -460,6 +462,7 @@ class LaunchStore(BaseStore):
                 FROM e
                 """,
                 target=target,
+                code_version=schema.CODE_VERSION,
                 actor=self.actor,
             )
             return moved.rowcount

@@ -143,8 +143,8 @@ ALONE: st.SearchStrategy[Step] = st.one_of(
     st.builds(ConsoleCancel, NUMBER),
 )
 
-# Chance alone seldom leads to the places where it gets difficult: a launch in trouble, looked for by
-# others while time goes by.
+# Chance alone seldom leads to the places where it gets difficult: a launch in trouble, looked for
+# by others while time goes by.
 LONG = st.builds(Advance, st.sampled_from([16.0, 26.0, 33.0, 65.0]))
 TROUBLE = st.one_of(
     st.builds(Launch, WORKER, die=st.builds(At, st.sampled_from(LAUNCHES), FEW)),

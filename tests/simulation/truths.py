@@ -140,7 +140,7 @@ class Truths:
         final = {
             row[0]
             for row in self._rows(
-                "SELECT id FROM dispatcher.batch WHERE state IN ('succeeded', 'failed', 'cancelled')"
+                "SELECT id FROM dispatcher.batch WHERE state = ANY(%s)", list(FINAL)
             )
         }
         for handle, execution in world._executions.items():

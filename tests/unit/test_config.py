@@ -358,8 +358,10 @@ def test_everything_wrong_in_a_file_is_told_at_once_with_its_path() -> None:
     )
     assert problems_of_yaml(BAD) == [
         'jobs.yaml:17:46: the key "chunk" is given twice in one mapping; leave one out',
-        "jobs.yaml: tagets is not a known key; allowed: jobs, schedules, targets "
-        '(did you mean "targets"?)',
+        (
+            "jobs.yaml: tagets is not a known key; allowed: jobs, schedules, targets "
+            '(did you mean "targets"?)'
+        ),
         "jobs.yaml: targets.5 is no name, which must be text: put it in quotes",
         (
             f"jobs.yaml: targets.here.regoin is not a known key; allowed: {target_keys} "
