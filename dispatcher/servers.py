@@ -151,8 +151,8 @@ class EmbeddedServer(ABC):
             self.process.wait()
             self.process = None
         if self._own_socket_dir is not None:
+            # Its name stays ours: who was told of the server finds it there after a restart.
             shutil.rmtree(self._own_socket_dir, ignore_errors=True)
-            self._own_socket_dir = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -192,9 +192,17 @@ class EmbeddedServer(ABC):
                     f"TMPDIR {tempfile.gettempdir()!r} is too long for a socket: "
                     f"set it to a path of at most {LONGEST_SOCKET_PATH - 44} bytes"
                 )
-            if account is not None:
-                os.chown(self._own_socket_dir, account.uid, account.gid)
+            self._own(self._own_socket_dir, account)
+        elif not self._own_socket_dir.exists():
+            self._own_socket_dir.mkdir(mode=0o700)
+            self._own(self._own_socket_dir, account)
         return self._own_socket_dir
+
+    @staticmethod
+    def _own(directory: Path, account: Account | None) -> None:
+        """Give a directory to the account that the server runs as."""
+        if account is not None:
+            os.chown(directory, account.uid, account.gid)
 
     def _popen(
         self,

@@ -17,7 +17,10 @@ import pytest
 import sqlalchemy
 from psycopg import sql
 
-from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey
+# The asserts of the contract explain themselves as those of a test module do; before any import.
+pytest.register_assert_rewrite("dispatcher.testing")
+
+from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey  # noqa: E402 - see above
 
 
 def migrate(url: str) -> None:

@@ -4,9 +4,6 @@ import os
 
 import pytest
 
-# The asserts of the contract explain themselves as those of a test module do.
-pytest.register_assert_rewrite("dispatcher.testing")
-
 
 @pytest.fixture(autouse=True)
 def shims_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

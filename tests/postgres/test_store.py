@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from threading import Barrier, Thread
@@ -12,8 +13,9 @@ import sqlalchemy as sa
 from lifecycle import EDGES, assert_invariants
 from workbench import HERE, Bench, job
 
+from dispatcher import schema
 from dispatcher.backends.base import Launched
-from dispatcher.errors import Unreachable
+from dispatcher.errors import NotAllowed, SchemaMismatch, Unreachable
 from dispatcher.states import BatchState, CancelKind, Outcome
 from dispatcher.store import Conflict, Store, again, new_batch_id
 from dispatcher.testing import Ending, Fault
@@ -266,3 +268,37 @@ def test_ids_of_batches_are_short_and_differ_from_the_first_letter() -> None:
     assert all(len(one) == 12 and one.isalnum() and one == one.lower() for one in ids)
     assert len({one[0] for one in ids}) > 20
     assert not set("".join(ids)) & set("lo01"), "letters that look alike are left out"
+
+
+def test_a_database_without_our_tables_is_told_so(bench: Bench) -> None:
+    with bench.store.engine.begin() as tx:
+        tx.execute(sa.text("CREATE SCHEMA elsewhere"))
+    with (
+        pytest.raises(SchemaMismatch, match="run `dispatcher db upgrade`"),
+        bench.store.transaction() as tx,
+    ):
+        bench.store.run(tx, "SELECT 1 FROM elsewhere.batch")
+
+
+def test_a_user_without_rights_is_told_so(bench: Bench, database_url: str) -> None:
+    role = f"poor_{uuid.uuid4().hex}"
+    with bench.store.engine.begin() as tx:
+        tx.execute(sa.text(f"CREATE ROLE {role} LOGIN"))
+    poor = Store(schema.create_engine(sa.make_url(database_url).set(username=role)), actor="poor")
+    try:
+        with pytest.raises(NotAllowed, match=f"does not let user {role}"), poor.transaction() as tx:
+            poor.run(tx, "SELECT 1 FROM dispatcher.batch")
+    finally:
+        poor.engine.dispose()
+        with bench.store.engine.begin() as tx:
+            tx.execute(sa.text(f"DROP ROLE {role}"))
+
+
+def test_a_pool_that_is_used_up_is_told_so(database_url: str) -> None:
+    engine = sa.create_engine(database_url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    store = Store(engine, actor="busy")
+    try:
+        with engine.connect(), pytest.raises(Unreachable, match="raise DISPATCHER_POOL_SIZE"):
+            store.unplanned(1)
+    finally:
+        engine.dispose()

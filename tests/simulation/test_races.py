@@ -436,7 +436,7 @@ def test_two_enqueues_with_one_key_make_one_batch(
 
     hold = Hold(monkeypatch, bench.dispatcher.store, "insert_batch", after=True)
 
-    def enqueue() -> str | None:
+    def enqueue() -> Any:
         if not first_gives_up:
             return bench.dispatcher.enqueue("work", [1, 2], key="k").id
         with bench.database.connect() as connection, connection.begin() as transaction:

