@@ -117,6 +117,7 @@ batch = sa.Table(
     _time("finished_at"),
     sa.Column("item_count", sa.BigInteger),
     sa.Column("chunk_count", sa.Integer),
+    sa.Column("largest_chunk", sa.BigInteger, comment="bytes of the items of its largest chunk"),
     sa.Column("max_failed_chunks", sa.Integer, nullable=False),
     _time("cancel_requested_at"),
     sa.Column("cancel_kind", sa.Text, comment="what asked for its end"),

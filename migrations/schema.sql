@@ -51,6 +51,7 @@ CREATE TABLE dispatcher.batch (
     finished_at timestamp with time zone,
     item_count bigint,
     chunk_count integer,
+    largest_chunk bigint,
     max_failed_chunks integer NOT NULL,
     cancel_requested_at timestamp with time zone,
     cancel_kind text,
@@ -70,6 +71,7 @@ COMMENT ON COLUMN dispatcher.batch.priority IS 'higher is launched first';
 COMMENT ON COLUMN dispatcher.batch.items_from IS 'pages, source or a URI';
 COMMENT ON COLUMN dispatcher.batch.reason IS 'why it ended as it did';
 COMMENT ON COLUMN dispatcher.batch.actor IS 'who enqueued it';
+COMMENT ON COLUMN dispatcher.batch.largest_chunk IS 'bytes of the items of its largest chunk';
 COMMENT ON COLUMN dispatcher.batch.cancel_kind IS 'what asked for its end';
 CREATE TABLE dispatcher.chunk (
     batch_id text NOT NULL,

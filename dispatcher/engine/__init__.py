@@ -13,14 +13,13 @@ import random
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Final
 
 from dispatcher.backends.base import Backend
 from dispatcher.backends.registry import make_backend
 from dispatcher.config import Config
 from dispatcher.engine.firer import Firer
 from dispatcher.engine.launcher import Launcher
-from dispatcher.engine.place import Place, Round, boottime
+from dispatcher.engine.place import READERS, Place, Round, boottime
 from dispatcher.engine.planner import Planner
 from dispatcher.engine.plans import PlanCache
 from dispatcher.engine.poller import Poller
@@ -29,9 +28,6 @@ from dispatcher.engine.sweeper import Sweeper
 from dispatcher.store import Store
 
 __all__ = ["Engine", "Place", "Round", "boottime"]
-
-READERS: Final = 4
-"""Threads that poll, cancel and look keys up, for each target."""
 
 
 class Engine:
@@ -116,10 +112,12 @@ class Engine:
         if not place.following.acquire(blocking=False):
             return 0
         try:
-            # Polled first: a deadline is held only against what was just looked at.
-            ended = self._poller.poll(place)
-            self._sweeper.tend(place)
-            return ended
+            # Polled first: a deadline is held only against what was just looked at. But a poll that
+            # fails holds up no cancel.
+            try:
+                return self._poller.poll(place)
+            finally:
+                self._sweeper.tend(place)
         finally:
             place.following.release()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 import sqlalchemy as sa
@@ -34,7 +35,7 @@ from dispatcher.judging import ASKED
 from dispatcher.planning import Waiting, fair_shares, pack
 from dispatcher.requests import Plan, audit_copy, launch_request, new_key
 from dispatcher.states import CancelKind, Outcome
-from dispatcher.store import Conflict, Store
+from dispatcher.store import Conflict, Store, again
 from dispatcher.store.rows import (
     ExecutionRow,
     Intent,
@@ -46,6 +47,13 @@ __all__ = ["Launcher"]
 log = structlog.get_logger(__name__)
 
 UNLIMITED: Final = 1_000_000
+
+
+MOST_CALLS: Final = 5
+"""Launch calls without a clear answer, each looked up in vain, after which an attempt is over."""
+
+ROUND_BYTES: Final = 64 << 20
+"""Items of one batch that a round of launches holds in memory, about."""
 
 
 class Launcher:
@@ -111,9 +119,9 @@ class Launcher:
                 most_calls = min(most_calls, target.max_executions - executions)
             if free <= 0 or most_calls <= 0:
                 return []
-            waiting = store.waiting(tx, target.name, most_calls * place.backend.limits.max_tasks)
+            waiting = store.waiting(tx, target.name)
             plans = self._plans.of(tx, [w.batch_id for w in waiting], place)
-            waiting = [w for w in waiting if w.batch_id in plans]
+            waiting = self._count_due(tx, waiting, plans, min(most_calls, free))
             sizes = self._share(tx, waiting, plans, free, most_calls)
             running = store.lock_running(tx, sizes)
             calls = []
@@ -141,6 +149,25 @@ class Launcher:
             if tokens is not None:
                 store.take_tokens(tx, target.name, tokens - len(calls))
         return [Call(ids[request.key], request, plan) for plan, request in calls]
+
+    def _count_due(
+        self,
+        tx: sa.Connection,
+        waiting: Sequence[WaitingBatch],
+        plans: Mapping[str, Plan],
+        most: int,
+    ) -> list[WaitingBatch]:
+        """Count the due chunks of waiting batches, as far as one round could take them."""
+        caps = {
+            w.batch_id: min(
+                most * plans[w.batch_id].max_tasks,
+                max(1, ROUND_BYTES // max(1, w.largest_chunk or 1)),
+            )
+            for w in waiting
+            if w.batch_id in plans
+        }
+        due = self._store.count_due(tx, caps)
+        return [w._replace(due=due[w.batch_id]) for w in waiting if due.get(w.batch_id)]
 
     def _share(
         self,
@@ -230,13 +257,15 @@ class Launcher:
         found = self._sort(answers)
         if found.launched:
             self._adopt(place, found.launched, reason=None)
-            place.came_up()
+            place.came_up(launches=True)
         if found.unknown:
-            self._store.record_unknown(found.unknown)
+            again(partial(self._store.record_unknown, found.unknown))
         if found.failures:
-            place.went_down(found.failures[0], resume_in=1.0 + 9.0 * self._roll())
+            place.went_down(found.failures[0], resume_in=1.0 + self._roll())
         if found.postponed:
-            self._store.postpone_calls(found.postponed)
+            again(partial(self._store.postpone_calls, found.postponed))
+            longest = max(after for _, after, _ in found.postponed.values())
+            self._store.hold_launches(place.target.name, longest)
         self._set_pace(place, throttled=bool(found.postponed), answered=bool(found.launched))
         if found.rejected:
             self._settler.settle(place, found.rejected)
@@ -252,7 +281,7 @@ class Launcher:
                 found.rejected.append(_refused(call, plain(str(error))))
             elif isinstance(error, Unavailable) and error.not_started:
                 after = error.retry_after.total_seconds() if error.retry_after else 5.0
-                after *= 1.0 + self._roll()
+                after *= (1.0 + self._roll()) * 2 ** min(call.number - 1, 5)
                 found.postponed[call.execution_id] = (call.number, after, plain(str(error)))
             else:
                 report_breach(error, _TooLate)
@@ -266,12 +295,15 @@ class Launcher:
         self, place: Place, found: Sequence[tuple[Call, Launched]], *, reason: str | None
     ) -> None:
         """Record handles; what no row wants any more is a stray, and is cancelled."""
-        moved = self._store.record_launched(
-            [(call.execution_id, launched) for call, launched in found],
-            start_timeouts={
-                call.execution_id: call.plan.times(len(call.request.tasks)) for call, _ in found
-            },
-            reason=reason,
+        moved = again(
+            partial(
+                self._store.record_launched,
+                [(call.execution_id, launched) for call, launched in found],
+                start_timeouts={
+                    call.execution_id: call.plan.times(len(call.request.tasks)) for call, _ in found
+                },
+                reason=reason,
+            )
         )
         for call, launched in found:
             if call.execution_id not in moved and self._store.record_stray(
@@ -306,9 +338,10 @@ class Launcher:
             return
         try:
             found = place.backend.find(call.request)
-        except BackendError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it tells nothing
+            report_breach(error, BackendError)
             self._store.postpone_look(row.id, min(30.0, 2.0 * 2 ** min(row.looks, 4)))
-            place.went_down(str(error))
+            place.went_down(f"{type(error).__name__}: {error}")
             return
         if found is not None:
             self._adopt(place, [(call, found)], reason="found by its key")
@@ -319,8 +352,28 @@ class Launcher:
         elif row.cancel_kind is not None:
             rest = ASKED[CancelKind(row.cancel_kind)]
             self._settler.settle(place, [Ending(row.id, final=True, rest=rest, call=row.calls)])
+        elif row.calls >= MOST_CALLS:
+            rest = (
+                Outcome.START_FAILED,
+                f"{row.calls} launch calls got no clear answer and started nothing",
+            )
+            self._settler.settle(place, [Ending(row.id, final=True, rest=rest, call=row.calls)])
         else:
             self._repeat(place, row, call, "not found by its key")
+
+    def calls_allowed(self, place: Place, wanted: int) -> int:
+        """Say how many calls may be made again now, and take their tokens from the bucket."""
+        with self._store.transaction() as tx:
+            row = self._store.lock_target(tx, place.target.name)
+            if row is None or (row.resumes_in or 0.0) > 0.0:
+                return 0
+            tokens = _tokens(place.target, row.tokens, row.tokens_age, row.pace)
+            if tokens is None:
+                return min(wanted, self._concurrency)
+            allowed = min(wanted, int(tokens), self._concurrency)
+            if allowed:
+                self._store.take_tokens(tx, place.target.name, tokens - allowed)
+            return allowed
 
     def call_again(self, place: Place, row: ExecutionRow) -> None:
         """Call again after the provider clearly refused for a while."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Final
 
 import structlog
 
@@ -26,6 +27,10 @@ from dispatcher.watching import Watch
 __all__ = ["Call", "Ending", "Place", "Round", "boottime", "plain", "report_breach"]
 
 log = structlog.get_logger(__name__)
+
+
+READERS: Final = 8
+"""Threads that poll, cancel and look keys up, for each target."""
 
 
 def boottime() -> float:
@@ -52,16 +57,22 @@ class Place:
     down: bool = True
     """Whether the row may say that it is down: at first it may, from a worker before this one."""
 
+    launches_fail: bool = True
+    """The same of an outage that launches told of, which only a launch can end."""
+
     def went_down(self, reason: str, *, resume_in: float | None = None) -> None:
         """Record that the target does not answer; hold its launches for a while if asked to."""
         self.down = True
+        self.launches_fail = self.launches_fail or resume_in is not None
         self.store.target_down(self.target.name, plain(reason), resume_in=resume_in)
 
-    def came_up(self) -> None:
-        """Record that the target answers again."""
-        if self.down:
+    def came_up(self, *, launches: bool = False) -> None:
+        """Record that the target answers again: launches, or only the reading of states."""
+        if self.down or (launches and self.launches_fail):
             self.down = False
-            self.store.target_up(self.target.name)
+            if launches:
+                self.launches_fail = False
+            self.store.target_up(self.target.name, launches=launches)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,18 +64,19 @@ class Planner:
     def _plan(self, planning: Planning, job: Job, place: Place) -> bool:
         """Write the chunks of a held batch; whether there are any."""
         items, chunks, rows, size = 0, 0, list[tuple[int, int, float | None, str]](), 0
-        largest = place.backend.limits.max_payload_bytes
+        largest, heaviest = place.backend.limits.max_payload_bytes, 0
         with contextlib.closing(self._items(planning, job)) as texts:
             for cut in plan_chunks(texts, job.chunk, max_payload_bytes=largest):
                 check_chunk(job, planning.batch_id, planning.params, cut.index, cut.items)
                 rows.append((cut.index, cut.count, cut.weight, cut.items))
                 items, chunks, size = items + cut.count, chunks + 1, size + cut.bytes
+                heaviest = max(heaviest, cut.bytes)
                 if len(rows) == PLAN_ROWS or size > PLAN_BYTES:
                     planning.write(rows)
                     rows, size = [], 0
         if rows:
             planning.write(rows)
-        if not planning.finish(items, chunks):
+        if not planning.finish(items, chunks, heaviest):
             raise _Undo
         return chunks > 0
 

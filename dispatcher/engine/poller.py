@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 
 import structlog
 
@@ -14,13 +15,12 @@ from dispatcher.backends.base import (
     Phase,
     Rejected,
     Report,
-    Unavailable,
 )
 from dispatcher.engine.place import Ending, Place, report_breach
 from dispatcher.engine.settler import SETTLE_TASKS, Settler
 from dispatcher.polling import page_interval
 from dispatcher.states import Outcome
-from dispatcher.store import Store
+from dispatcher.store import Store, again
 from dispatcher.watching import Watched
 
 __all__ = ["Poller"]
@@ -58,14 +58,20 @@ class Poller:
         }
         notes, settled_now = _Notes(), 0
         open_polls = set(polls)
-        while open_polls:
-            done, open_polls = wait(open_polls, return_when=FIRST_COMPLETED)
-            for future in done:
-                self._read(place, polls[future], future, notes)
-            if notes.tasks >= SETTLE_TASKS:
-                settled_now += notes.tasks
-                notes = self._apply(place, notes)
-        self._apply(place, notes)
+        try:
+            while open_polls:
+                done, open_polls = wait(open_polls, return_when=FIRST_COMPLETED)
+                for future in done:
+                    self._read(place, polls[future], future, notes)
+                if notes.tasks >= SETTLE_TASKS:
+                    self._apply(place, notes)
+                    settled_now, notes = settled_now + notes.tasks, _Notes()
+            self._apply(place, notes)
+        except BaseException:
+            # What was noted and could not be written must be noted again: from the rows, anew.
+            for execution_id in notes.touched():
+                watch.forget(execution_id)
+            raise
         return settled_now + notes.tasks
 
     def _read(
@@ -129,32 +135,27 @@ class Poller:
             return
         try:
             place.backend.cancel(one.handle)
-        except Unavailable as error:
+        except Rejected as error:  # asked again it would say the same, and it is gone
+            log.info("last cancel of an absent execution", handle=one.handle, why=str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it says nothing of the others
+            report_breach(error)
             log.info("last cancel of an absent execution", handle=one.handle, why=str(error))
             place.watch.seen(one, now)
             return
-        except Rejected as error:  # asked again it would say the same, and it is gone
-            log.info("last cancel of an absent execution", handle=one.handle, why=str(error))
         place.watch.forget(one.id)
         reason = "the provider no longer knows it"
         notes.endings.append(Ending(one.id, final=True, rest=(Outcome.LOST, reason), reason=reason))
         notes.tasks += one.tasks
 
-    def _apply(self, place: Place, notes: _Notes) -> _Notes:
-        """Write what was noted. What cannot be written now is seen again at the next look."""
+    def _apply(self, place: Place, notes: _Notes) -> None:
+        """Write what was noted."""
         if notes.present:
-            self._store.mark_present(notes.present)
+            again(partial(self._store.mark_present, sorted(notes.present)))
         if notes.started:
-            self._store.mark_started(notes.started)
+            again(partial(self._store.mark_started, dict(sorted(notes.started.items()))))
         if notes.absent:
-            self._store.mark_absent(notes.absent)
-        try:
-            self._settler.settle(place, notes.endings)
-        except BaseException:
-            for ending in notes.endings:
-                place.watch.forget(ending.execution_id)
-            raise
-        return _Notes()
+            again(partial(self._store.mark_absent, sorted(notes.absent)))
+        self._settler.settle(place, notes.endings)
 
 
 @dataclass(slots=True)
@@ -166,6 +167,11 @@ class _Notes:
     absent: list[int] = field(default_factory=list)
     present: list[int] = field(default_factory=list)
     tasks: int = 0
+
+    def touched(self) -> set[int]:
+        """Name every execution that something was noted of."""
+        ended = (ending.execution_id for ending in self.endings)
+        return {*ended, *self.started, *self.absent, *self.present}
 
 
 def _seconds(report: Report) -> float | None:

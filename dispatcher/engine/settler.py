@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
+from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
@@ -18,6 +19,7 @@ from dispatcher.backends.base import (
 )
 from dispatcher.engine.place import Ending, Place, plain
 from dispatcher.engine.plans import PlanCache
+from dispatcher.errors import DispatcherError
 from dispatcher.judging import judge, verdict
 from dispatcher.requests import Plan
 from dispatcher.retrying import decide
@@ -56,9 +58,20 @@ class Settler:
         if not endings:
             return
         for part in _parts(endings):
-            failed = again(partial(self._settle, place, part))
-            for closing in failed[:LOGGED_FAILURES]:
-                self._keep_log(place, closing)
+            for failed in self._settle_part(place, part)[:LOGGED_FAILURES]:
+                self._keep_log(place, failed)
+
+    def _settle_part(self, place: Place, part: Sequence[Ending]) -> list[tuple[str, OpenAttempt]]:
+        """Settle in one transaction, or one by one if a single ending spoils it for the others."""
+        try:
+            return again(partial(self._settle, place, part))
+        except DispatcherError:
+            raise
+        except Exception:
+            log.exception("cannot be settled", executions=[one.execution_id for one in part][:10])
+            if len(part) == 1:
+                return []
+        return [failed for one in part for failed in self._settle_part(place, [one])]
 
     def _settle(self, place: Place, endings: Sequence[Ending]) -> list[tuple[str, OpenAttempt]]:
         """Settle in one transaction; the handles and attempts of tasks that ended badly."""
@@ -180,9 +193,10 @@ def _closings(
 ) -> list[Closing]:
     """Say how the open attempts of an execution ended; what was settled before is left out."""
     closings = []
-    for task in ending.tasks:
-        attempt = attempts.pop((row.id, task.index), None)
+    for told in ending.tasks:
+        attempt = attempts.pop((row.id, told.index), None)
         if attempt is not None:
+            task = _storable(told)
             outcome, reason = judge(task, row.cancel_kind, row.cancel_sent_at)
             closings.append(
                 Closing(
@@ -203,6 +217,18 @@ def _closings(
             judged, why = judge(task, row.cancel_kind, row.cancel_sent_at)
             closings.append(Closing(attempt, judged, None, why, None, None))
     return closings
+
+
+def _storable(task: TaskReport) -> TaskReport:
+    """Make what a backend says fit the rows: exit codes may be larger, times without a zone."""
+    code, reason = task.exit_code, task.reason
+    if code is not None and not -(2**31) <= code < 2**31:
+        code, reason = None, f"{reason or 'ended'} (exit code {code})"
+    began, ended = (
+        at.replace(tzinfo=UTC) if at is not None and at.tzinfo is None else at
+        for at in (task.started_at, task.ended_at)
+    )
+    return replace(task, exit_code=code, reason=reason, started_at=began, ended_at=ended)
 
 
 def _starts(closings: Iterable[Closing]) -> dict[int, datetime | None]:

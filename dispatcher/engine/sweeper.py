@@ -15,11 +15,12 @@ from dispatcher.backends.base import (
     Unavailable,
 )
 from dispatcher.engine.launcher import Launcher
-from dispatcher.engine.place import Ending, Place, report_breach
+from dispatcher.engine.place import READERS, Ending, Place, report_breach
 from dispatcher.engine.settler import Settler, end_finished_batches
+from dispatcher.errors import Unreachable
 from dispatcher.judging import ASKED
 from dispatcher.states import CancelKind
-from dispatcher.store import Store, again
+from dispatcher.store import Conflict, Store, again
 from dispatcher.store.rows import (
     ExecutionRow,
 )
@@ -28,6 +29,10 @@ __all__ = ["Sweeper"]
 
 log = structlog.get_logger(__name__)
 
+BUSY: Final = 1.0
+"""Seconds that one kind of step goes on within a turn."""
+
+WAIT_AFTER_ERROR: Final = 30.0
 STRAYS_SINCE: Final = timedelta(days=7)
 
 
@@ -64,24 +69,41 @@ class Sweeper:
                 if row.cancel_kind is not None
             ],
         )
-        self._each(place, due.get("look", ()), self._launcher.look)
-        self._each(place, due.get("call", ()), self._launcher.call_again)
-        self._cancel(place, due.get("cancel", ()))
+        calls = due.get("call", [])
+        if calls:
+            calls = calls[: self._launcher.calls_allowed(place, len(calls))]
+        for rows, step in (
+            (due.get("cancel", []), self._cancel),
+            (due.get("look", []), partial(self._each, step=self._launcher.look)),
+            (calls, partial(self._each, step=self._launcher.call_again)),
+        ):
+            # A few at a time, and for a short time: the rest stays due, and polls go on between.
+            end = self._monotonic() + BUSY
+            for at in range(0, len(rows), READERS):
+                step(place, rows[at : at + READERS])
+                if self._monotonic() >= end:
+                    break
 
     def _each(
         self,
         place: Place,
         rows: Sequence[ExecutionRow],
+        *,
         step: Callable[[Place, ExecutionRow], None],
     ) -> None:
-        """Take a step for each execution, a few at a time."""
-        for future in [place.readers.submit(step, place, row) for row in rows]:
-            future.result()
+        """Take a step for some executions at once; what goes wrong with one is its own."""
+        for row, future in [(row, place.readers.submit(step, place, row)) for row in rows]:
+            error = future.exception()
+            if isinstance(error, Conflict):
+                log.info("met another transaction; again at the next turn", why=str(error))
+            elif isinstance(error, Unreachable):
+                raise error
+            elif error is not None:
+                log.error("cannot be cleared up", key=row.key, exc_info=error)
+                self._store.postpone_look(row.id, WAIT_AFTER_ERROR)
 
     def _cancel(self, place: Place, rows: Sequence[ExecutionRow]) -> None:
-        """Ask for the end of executions, again and again until a report confirms it."""
-        if not rows:
-            return
+        """Ask for the end of some executions; a report will confirm it, or they are asked again."""
         wanted = self._store.cancel_sent(
             {row.id: min(60.0, 2.0 * 2 ** min(row.cancel_calls, 6)) for row in rows}
         )
@@ -93,7 +115,7 @@ class Sweeper:
         ]
         for error in failures:
             report_breach(error, Rejected)
-        if failures:
+        if any(not isinstance(error, Rejected) for error in failures):
             place.went_down(str(failures[0]))
         place.watch.hurry(wanted, self._monotonic())
 

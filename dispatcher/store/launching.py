@@ -47,8 +47,12 @@ class LaunchStore(BaseStore):
                 name=name,
             )
 
-    def waiting(self, tx: sa.Connection, target: str, most: int) -> list[WaitingBatch]:
-        """Find batches of a target with due chunks, with the slots that they hold now."""
+    def waiting(self, tx: sa.Connection, target: str) -> list[WaitingBatch]:
+        """Find batches of a target with due chunks, with the slots that they hold now.
+
+        At most some of each job: many batches of a job that is at its limit hide no other job. How
+        many chunks are due is counted by `count_due`.
+        """
         rows = self.run(
             tx,
             f"""
@@ -56,24 +60,47 @@ class LaunchStore(BaseStore):
                 coalesce((
                     SELECT sum(least(e.open_tasks, e.parallelism)) FROM dispatcher.execution e
                     WHERE e.batch_id = b.id AND e.state IN {LIVE}
-                ), 0)::int, d.due
-            FROM dispatcher.batch b CROSS JOIN LATERAL (
-                SELECT count(*)::int AS due FROM (
-                    SELECT 1 FROM dispatcher.chunk c
-                    WHERE c.batch_id = b.id AND c.state = 'pending' AND c.due_at <= now()
-                        AND (c.hold_until IS NULL OR c.hold_until <= now())
-                    LIMIT :most
-                ) AS found
-            ) d
-            WHERE b.target = :target AND b.state = 'running' AND b.cancel_requested_at IS NULL
-                AND b.code_version <= :code_version AND d.due > 0
+                ), 0)::int, 0, b.largest_chunk
+            FROM (
+                SELECT b.*, row_number() OVER (
+                    PARTITION BY b.job_name ORDER BY b.priority DESC, b.created_at, b.id
+                ) AS place
+                FROM dispatcher.batch b
+                WHERE b.target = :target AND b.state = 'running' AND b.cancel_requested_at IS NULL
+                    AND b.code_version <= :code_version AND EXISTS (
+                        SELECT 1 FROM dispatcher.chunk c
+                        WHERE c.batch_id = b.id AND c.state = 'pending' AND c.due_at <= now()
+                            AND (c.hold_until IS NULL OR c.hold_until <= now())
+                    )
+            ) b
+            WHERE b.place <= 200
             ORDER BY b.priority DESC, b.created_at, b.id LIMIT 1000
             """,  # noqa: S608 - a constant of this module
             target=target,
-            most=most,
             code_version=schema.CODE_VERSION,
         )
         return [WaitingBatch(*row) for row in rows]
+
+    def count_due(self, tx: sa.Connection, caps: Mapping[str, int]) -> dict[str, int]:
+        """Count the due chunks of batches, each up to a number that is enough to know."""
+        rows = self.run(
+            tx,
+            """
+            SELECT n.batch_id, d.due
+            FROM unnest(CAST(:ids AS text[]), CAST(:caps AS bigint[])) AS n (batch_id, cap)
+            CROSS JOIN LATERAL (
+                SELECT count(*)::int AS due FROM (
+                    SELECT 1 FROM dispatcher.chunk c
+                    WHERE c.batch_id = n.batch_id AND c.state = 'pending' AND c.due_at <= now()
+                        AND (c.hold_until IS NULL OR c.hold_until <= now())
+                    LIMIT n.cap
+                ) AS found
+            ) d
+            """,
+            ids=list(caps),
+            caps=list(caps.values()),
+        )
+        return {row[0]: row[1] for row in rows}
 
     def held_by_target(self, tx: sa.Connection, target: str) -> tuple[int, int]:
         """Count a target's slots and live executions, from the rows: nothing can leak."""

@@ -125,7 +125,11 @@ class LeadStore(BaseStore):
             )
 
     def target_down(self, name: str, reason: str, *, resume_in: float | None) -> None:
-        """Record that a target does not answer; with `resume_in`, hold its launches that long."""
+        """Record that a target does not answer.
+
+        With `resume_in` it is launches that fail: they are held that long, doubled with each such
+        failure in a row up to a minute, and then tried one by one.
+        """
         with self.transaction() as tx:
             self.run(
                 tx,
@@ -135,9 +139,11 @@ class LeadStore(BaseStore):
                 ), t AS (
                     UPDATE dispatcher.target
                     SET down_since = coalesce(down_since, now()), down_reason = :reason,
-                        down_calls = down_calls + 1,
+                        down_calls = down_calls
+                            + CASE WHEN CAST(:resume_in AS float8) IS NULL THEN 0 ELSE 1 END,
                         resume_at = CASE WHEN CAST(:resume_in AS float8) IS NULL THEN resume_at
-                            ELSE now() + :resume_in * interval '1 second' END
+                            ELSE now() + interval '1 second'
+                                * least(60, :resume_in * 2 ^ least(down_calls, 6)) END
                     WHERE name = :name
                 )
                 INSERT INTO dispatcher.event (at, actor, kind, old, new, reason)
@@ -149,8 +155,25 @@ class LeadStore(BaseStore):
                 actor=self.actor,
             )
 
-    def target_up(self, name: str) -> None:
-        """Record that a target answers again."""
+    def hold_launches(self, name: str, seconds: float) -> None:
+        """Launch nothing on a target for a while: it asked us to slow down."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.target
+                SET resume_at = greatest(resume_at, now() + :seconds * interval '1 second')
+                WHERE name = :name
+                """,
+                name=name,
+                seconds=seconds,
+            )
+
+    def target_up(self, name: str, *, launches: bool) -> None:
+        """Record that a target answers again: launches, or only the reading of states.
+
+        That states can be read says nothing about an outage that launches told of.
+        """
         with self.transaction() as tx:
             self.run(
                 tx,
@@ -158,12 +181,15 @@ class LeadStore(BaseStore):
                 WITH t AS (
                     UPDATE dispatcher.target
                     SET down_since = NULL, down_reason = NULL, down_calls = 0, resume_at = NULL
-                    WHERE name = :name AND down_since IS NOT NULL RETURNING name
+                    WHERE name = :name AND down_since IS NOT NULL
+                        AND (:launches OR down_calls = 0)
+                    RETURNING name
                 )
                 INSERT INTO dispatcher.event (at, actor, kind, old, new, reason)
                 SELECT now(), :actor, 'target', 'down', 'up', name FROM t
                 """,
                 name=name,
+                launches=launches,
                 actor=self.actor,
             )
 

@@ -172,7 +172,7 @@ class Planning:
                 for index, _, _, items in chunks:
                     copy.write_row((self.batch_id, index, items))
 
-    def finish(self, items: int, chunks: int) -> bool:
+    def finish(self, items: int, chunks: int, largest: int) -> bool:
         """planning → running, or → succeeded where there is nothing to do.
 
         False if the batch was cancelled meanwhile: the caller must take everything back.
@@ -184,6 +184,7 @@ class Planning:
             WITH b AS (
                 UPDATE dispatcher.batch
                 SET state = :state, planned_at = now(), item_count = :items, chunk_count = :chunks,
+                    largest_chunk = :largest,
                     reason = CASE WHEN :chunks = 0 THEN 'no items' END,
                     finished_at = CASE WHEN :chunks = 0 THEN now() END
                 WHERE id = :id AND state = 'planning' RETURNING id, reason
@@ -204,6 +205,7 @@ class Planning:
             state=state,
             items=items,
             chunks=chunks,
+            largest=largest,
             actor=self._store.actor,
         )
         return moved.first() is not None

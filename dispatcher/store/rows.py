@@ -61,6 +61,8 @@ class WaitingBatch(NamedTuple):
     job_name: str
     held: int
     due: int
+    largest_chunk: int | None
+    """Bytes of the items of its largest chunk."""
 
 
 class Claimed(NamedTuple):

@@ -35,6 +35,7 @@ TABLES = (
         finished_at TIMESTAMP WITH TIME ZONE,
         item_count BIGINT,
         chunk_count INTEGER,
+        largest_chunk BIGINT,
         max_failed_chunks INTEGER NOT NULL,
         cancel_requested_at TIMESTAMP WITH TIME ZONE,
         cancel_kind TEXT,
@@ -61,6 +62,7 @@ TABLES = (
     "COMMENT ON COLUMN dispatcher.batch.items_from IS 'pages, source or a URI'",
     "COMMENT ON COLUMN dispatcher.batch.reason IS 'why it ended as it did'",
     "COMMENT ON COLUMN dispatcher.batch.actor IS 'who enqueued it'",
+    "COMMENT ON COLUMN dispatcher.batch.largest_chunk IS 'bytes of the items of its largest chunk'",
     "COMMENT ON COLUMN dispatcher.batch.cancel_kind IS 'what asked for its end'",
     """
     CREATE TABLE dispatcher.event (

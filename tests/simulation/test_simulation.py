@@ -162,10 +162,29 @@ TROUBLED: st.SearchStrategy[tuple[Step, ...]] = st.builds(
     st.lists(LOOKED_FOR, min_size=2, max_size=8),
     st.one_of(st.builds(Continue, NUMBER), ALONE),
 )
+# And: tasks that run and end while polls, cancels and settles go wrong.
+POLL_FAULTS = st.builds(
+    Fails,
+    verb=st.sampled_from(["poll", "poll", "cancel", "logs"]),
+    fault=st.sampled_from(Fault),
+    times=st.integers(1, 2),
+)
+WATCHED = st.one_of(
+    st.tuples(ENDS, FOLLOW),
+    st.tuples(POLL_FAULTS, LONG, st.builds(Follow, WORKER)),
+    st.tuples(st.builds(Cancel, NUMBER), FOLLOW),
+    st.tuples(st.builds(Vanish, NUMBER), LONG, FOLLOW),
+    st.tuples(st.builds(ConsoleCancel, NUMBER), LONG, FOLLOW),
+    st.tuples(LONG, FOLLOW),
+)
+FOLLOWED: st.SearchStrategy[tuple[Step, ...]] = st.builds(
+    lambda asked, turn, parts: (asked, turn, *(step for part in parts for step in part)),
+    ENQUEUE,
+    st.builds(Turn, WORKER),
+    st.lists(WATCHED, min_size=2, max_size=6),
+)
 STEPS: st.SearchStrategy[list[Step]] = st.lists(
-    st.one_of(ALONE.map(lambda step: (step,)), ALONE.map(lambda step: (step,)), TROUBLED),
-    min_size=8,
-    max_size=30,
+    st.one_of(ALONE.map(lambda step: (step,)), TROUBLED, FOLLOWED), min_size=8, max_size=24
 ).map(lambda parts: [step for part in parts for step in part])
 
 
