@@ -144,7 +144,8 @@ class Dispatcher:
             priority: Over the job's own; the higher is launched first.
             chunk_size: Items a chunk, over the job's own chunking.
             connection: A SQLAlchemy connection in a transaction of the caller's: the batch exists
-                exactly if the caller commits.
+                exactly if the caller commits. It is written behind a savepoint, so that a call that
+                raises leaves nothing of it there.
             labels: Added to the job's.
 
         Returns:
@@ -161,12 +162,18 @@ class Dispatcher:
                 f"connection is a {type(connection).__name__}; it must be a sqlalchemy.Connection: "
                 "of a Session, pass session.connection()"
             )
+        if connection is not None and _commits_by_itself(connection):
+            raise InvalidInput(
+                "connection is in autocommit, so it has no transaction to write the batch in: open "
+                "it with another isolation_level than AUTOCOMMIT, or leave connection out"
+            )
         store = self.store
         with BatchRequest(
             job, items, params=params, key=key, labels=labels, actor=self.settings.actor
         ) as request:
             if connection is not None:
-                batch_id = request.write(store, connection)
+                with connection.begin_nested():
+                    batch_id = request.write(store, connection)
                 return self._batch(queries.read_batch(store, connection, batch_id))
             with store.transaction() as tx:
                 batch_id = request.write(store, tx)
@@ -330,6 +337,11 @@ class Dispatcher:
             raise NotAllowed(f"batch {batch_id} is {state} and has no chunk to retry")
         self._waker.tap(PLAN, batch_id=batch_id)
         return self.get(batch_id)
+
+
+def _commits_by_itself(connection: sa.Connection) -> bool:
+    """Whether each statement is committed as it ends, as the driver's own connection says."""
+    return bool(getattr(connection.connection.dbapi_connection, "autocommit", False))
 
 
 def _deadline_of(batch_id: str, job: dict[str, Any]) -> timedelta:

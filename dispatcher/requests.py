@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from math import ceil
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 
 from dispatcher.backends.base import Backend, LaunchRequest, TaskInput
 from dispatcher.job import Job
-from dispatcher.redaction import redact_env
+from dispatcher.redaction import excerpt, redact_env
 from dispatcher.templating import Values, render, uses_chunk
 
 __all__ = ["Plan", "audit_copy", "check_chunk", "launch_request", "new_key"]
 
+Entry = TypeVar("Entry")
+
 ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
+
+AUDIT_BYTES: Final = 15 * 1024
+"""Bytes of JSON that each part of an audit copy may take: its command, args, env and options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,18 +137,51 @@ def audit_copy(request: LaunchRequest) -> str:
     """Write what is asked of the provider as JSON for the audit, secrets redacted.
 
     The items are not repeated: they stay with their chunks. Args and env are those of the first
-    task; the others differ in what their templates took from their chunk.
+    task; the others differ in what their templates took from their chunk. It is written in the
+    transaction that claims a launch, so it is bounded whatever a template was filled with: each
+    value to 2,000 characters, and the whole to 64 KiB.
     """
     first = request.tasks[0]
+    options = request.options.model_dump(mode="json", exclude_defaults=True)
     return json.dumps(
         {
-            "command": list(request.command),
-            "args": list(first.args),
-            "env": redact_env(first.env),
-            "options": request.options.model_dump(mode="json", exclude_defaults=True),
+            "command": _excerpts(request.command),
+            "args": _excerpts(first.args),
+            "env": _env_excerpts(first.env),
+            "options": options
+            if _json_bytes(options) <= AUDIT_BYTES
+            else {"…": f"{_json_bytes(options)} bytes are left out"},
             "tasks": len(request.tasks),
             "parallelism": request.parallelism,
             "timeout": request.timeout.total_seconds(),
         },
         ensure_ascii=False,
     )
+
+
+def _excerpts(texts: Sequence[str]) -> list[str]:
+    """Copy texts for the audit, as many as there is room for."""
+    shown = list(_fitting(map(excerpt, texts)))
+    left = len(texts) - len(shown)
+    return [*shown, f"… ({left} more)"] if left else shown
+
+
+def _env_excerpts(env: Mapping[str, str]) -> dict[str, str]:
+    """Copy an environment for the audit, as much of it as there is room for."""
+    shown = dict(_fitting(pair for name in env for pair in redact_env({name: env[name]}).items()))
+    left = len(env) - len(shown)
+    return {**shown, "…": f"{left} more"} if left else shown
+
+
+def _fitting(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Yield entries until their JSON has filled a part's room; none is made beyond that."""
+    room = AUDIT_BYTES
+    for entry in entries:
+        room -= _json_bytes(entry) + len(", ")
+        if room < 0:
+            return
+        yield entry
+
+
+def _json_bytes(value: object) -> int:
+    return len(json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass"))

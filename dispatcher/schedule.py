@@ -79,13 +79,14 @@ class Firing:
 def firings(schedule: Schedule, after: datetime, now: datetime) -> list[Firing]:
     """Say what is due after one time up to another, oldest first, and which of it is fired."""
     zone = ZoneInfo(schedule.timezone)
-    due = []
+    due: list[datetime] = []
+    more = False
     for moment in CronSim(schedule.cron, after.astimezone(zone)):
         if moment > now:
             break
-        due.append(moment.astimezone(UTC))
-        if len(due) == LONGEST_GAP:
+        if more := len(due) == LONGEST_GAP:
             break
+        due.append(moment.astimezone(UTC))
     missed = [moment for moment in due if now - moment > ON_TIME]
     on_time = due[len(missed) :]
     kept: Mapping[str, int] = {
@@ -93,6 +94,8 @@ def firings(schedule: Schedule, after: datetime, now: datetime) -> list[Firing]:
         "last": 0 if on_time else 1,
         "all": schedule.catch_up_limit,
     }
-    keep = set(missed[len(missed) - min(len(missed), kept[schedule.catch_up]) :])
+    # What is caught up with are the newest: where there are more to come, none of these.
+    count = 0 if more else min(len(missed), kept[schedule.catch_up])
+    keep = set(missed[len(missed) - count :])
     why = f"missed, and catch_up is {schedule.catch_up}"
     return [Firing(m, None if m in keep or m in on_time else why) for m in due]

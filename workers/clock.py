@@ -1,8 +1,8 @@
 """The clock of a worker: one loop that heartbeats and schedules, and slots that do the work.
 
 Each target's turn runs in slots of its own, so that a provider that hangs holds up nothing else.
-The loop does no work but the heartbeat and the leases: if it dies, the process dies with it and the
-supervisor starts another. What runs is followed to its end even while the broker is down.
+The loop does no work but the heartbeat and the leases: if it dies or stands still, the process dies
+with it and the supervisor starts another. What runs is followed to its end even while the broker is down.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,11 +19,13 @@ from importlib.metadata import version
 from threading import Event, Thread
 from typing import Final
 
+import sqlalchemy as sa
 import structlog
 
 from dispatcher import schema
 from dispatcher.engine import Place, boottime
 from dispatcher.errors import DispatcherError, SchemaMismatch
+from dispatcher.store.base import Conflict
 from workers import steps
 from workers.runtime import Runtime
 
@@ -37,8 +39,18 @@ FOLLOW_EVERY: Final = 0.5
 STRAYS_EVERY: Final = 60.0
 CLEAN_EVERY: Final = 600.0
 FORGET_WORKERS: Final = timedelta(days=7)
+STUCK_AFTER: Final = 60.0
+"""Seconds that the loop may stand still. No call that it makes may take half as long."""
+
+LOOKS: Final = 60
+"""How often the watchdog looks in that time. It counts looks, not seconds: a process that was
+stopped and goes on has looked no more often than its loop could have ticked."""
+
+PLANNERS: Final = 2
+"""Batches that the clock plans at once: one item source that takes minutes is not in the way."""
+
 CRASHED: Final = 70
-"""Exit code where the loop died (EX_SOFTWARE of sysexits.h)."""
+"""Exit code where the loop died or stands still (EX_SOFTWARE of sysexits.h)."""
 
 MISMATCHED: Final = 78
 """Exit code where the database does not fit this code (EX_CONFIG)."""
@@ -56,25 +68,47 @@ class Slot:
     target: str | None = None
     """Done only while this target's lease is ours."""
 
-    wakes: Slot | None = None
+    wakes: Sequence[Slot] = ()
     """What is done at once after a step that found something: room was made, so launch."""
 
 
 class Clock:
-    """Runs the turns of a worker in threads of its own."""
+    """Runs the turns of a worker in threads of its own.
 
-    def __init__(self, run: Runtime) -> None:
+    Args:
+        run: The parts of this worker.
+        stuck_after: Seconds without a tick of the loop after which the process ends.
+        end: Ends the process, with an exit code.
+    """
+
+    def __init__(
+        self,
+        run: Runtime,
+        *,
+        stuck_after: float = STUCK_AFTER,
+        end: Callable[[int], object] = os._exit,
+    ) -> None:
         self._run = run
+        self._end = end
+        self._stuck_after = stuck_after
+        self._ticks = 0
         self._stopping = Event()
         self._thread = Thread(target=self._guarded_loop, name="clock", daemon=True)
+        self._watchdog = Thread(target=self._watch, name="watchdog", daemon=True)
         self._next_beat = 0.0
         self._leased_until: dict[str, float] = {}
         self._problems: dict[str, str] = {}
         self._checked = False
         targets = run.engine.places
-        self._pool = ThreadPoolExecutor(4 * len(targets) + 1, "turn")
+        every = run.settings.sweep_interval.total_seconds()
+        planners = [
+            Slot(f"plan {number}", partial(steps.plan_waiting, run), every)
+            for number in range(1, PLANNERS + 1)
+        ]
         self._slots = [
-            Slot("sweep", partial(steps.sweep, run), run.settings.sweep_interval.total_seconds())
+            Slot("fire", run.engine.fire, every, wakes=planners),
+            Slot("sweep", run.engine.sweep, every),
+            *planners,
         ]
         for name in targets:
             launch = Slot(
@@ -83,7 +117,7 @@ class Clock:
             follow = partial(run.engine.follow, name)
             self._slots += [
                 launch,
-                Slot(f"follow {name}", follow, FOLLOW_EVERY, target=name, wakes=launch),
+                Slot(f"follow {name}", follow, FOLLOW_EVERY, target=name, wakes=[launch]),
                 Slot(
                     f"strays {name}",
                     partial(run.engine.sweep_strays, name),
@@ -92,10 +126,12 @@ class Clock:
                 ),
                 Slot(f"clean {name}", partial(run.engine.clean, name), CLEAN_EVERY, target=name),
             ]
+        self._pool = ThreadPoolExecutor(len(self._slots), "turn")
 
     def start(self) -> None:
-        """Start the loop."""
+        """Start the loop, and who watches it."""
         self._thread.start()
+        self._watchdog.start()
 
     def stop(self, timeout: float = 1.0) -> None:
         """Begin no other turn, and give the leases back so that other workers go on at once.
@@ -112,13 +148,26 @@ class Clock:
             self._loop()
         except BaseException:
             log.exception("the clock died, and this worker with it")
-            os._exit(CRASHED)
+            self._end(CRASHED)
+
+    def _watch(self) -> None:
+        """End the process if the loop stands still: it would look alive and do nothing."""
+        seen, looks = self._ticks, 0
+        while not self._stopping.wait(self._stuck_after / LOOKS):
+            seen, looks = self._ticks, looks + 1 if seen == self._ticks else 0
+            if looks >= LOOKS:
+                log.critical("the clock stands still; this worker ends", seconds=self._stuck_after)
+                self._end(CRASHED)
+                return
 
     def _loop(self) -> None:
         while not self._stopping.wait(TICK):
+            self._ticks += 1
             now = time.monotonic()
             if now >= self._next_beat:
                 self._beat()
+                if self._stopping.is_set():
+                    break
                 now = time.monotonic()
             if self._checked:
                 for slot in self._slots:
@@ -138,13 +187,19 @@ class Clock:
                 log.warning("turn failed; tried again", turn=slot.name, why=str(error))
             elif error is not None:
                 log.error("turn failed; tried again", turn=slot.name, exc_info=error)
-            elif slot.wakes is not None and found:
-                slot.wakes.next_at = now
+            elif found:
+                for other in slot.wakes:
+                    other.next_at = now
         if now < slot.next_at:
             return
         if slot.target is not None and boottime() >= self._leased_until.get(slot.target, 0.0):
             return
-        slot.running = self._pool.submit(slot.step)
+        try:
+            slot.running = self._pool.submit(slot.step)
+        except RuntimeError:
+            # The pool was shut between our look at the event and this line.
+            if not self._stopping.is_set():
+                raise
 
     def _beat(self) -> None:
         """Write the heartbeat and renew the leases; a database that is gone stops neither."""
@@ -153,7 +208,14 @@ class Clock:
         try:
             self._check()
             for name, place in self._run.engine.places.items():
-                self._lease(name, place)
+                self._ticks += 1
+                if self._stopping.is_set():
+                    return
+                try:
+                    self._lease(name, place)
+                except Conflict as error:
+                    # What we hold of it we hold to its end; the other targets have theirs to renew.
+                    log.warning("lease not renewed; tried again", target=name, why=str(error))
             self._run.store.beat(
                 host=socket.gethostname(),
                 pid=os.getpid(),
@@ -163,9 +225,12 @@ class Clock:
             self._run.store.forget_workers(FORGET_WORKERS)
         except SchemaMismatch as error:
             log.critical("this worker cannot work on this database", why=str(error))
-            os._exit(MISMATCHED)
+            self._end(MISMATCHED)
         except DispatcherError as error:
             log.warning("heartbeat failed", why=str(error))
+            self._next_beat = time.monotonic() + 1.0
+        except sa.exc.SQLAlchemyError:
+            log.exception("heartbeat failed")
             self._next_beat = time.monotonic() + 1.0
 
     def _check(self) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
+from threading import Lock
 
 from dispatcher import schema
 from dispatcher.config import Config, Settings, load_config, load_settings
@@ -15,7 +18,31 @@ from dispatcher.errors import ConfigurationError
 from dispatcher.store import Store
 from dispatcher.wake import Waker
 
-__all__ = ["Runtime", "runtime"]
+__all__ = ["AtWork", "Runtime", "runtime"]
+
+
+class AtWork:
+    """What threads of this process are busy with, so that none begins what another one does.
+
+    It saves them the way to the database, where an advisory lock keeps it from being done twice.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._ids: set[str] = set()
+
+    @contextmanager
+    def on(self, name: str) -> Iterator[bool]:
+        """Be busy with something to the end of the block; False if another thread is."""
+        with self._lock:
+            free = name not in self._ids
+            self._ids.add(name)
+        try:
+            yield free
+        finally:
+            if free:
+                with self._lock:
+                    self._ids.discard(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +54,8 @@ class Runtime:
     store: Store
     engine: Engine
     waker: Waker
+    planning: AtWork = field(default_factory=AtWork)
+    """The batches that this process plans."""
 
 
 @cache
@@ -45,7 +74,8 @@ def runtime() -> Runtime:
     # Random at the end, as a container's process often has the same host name and pid again.
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     store = Store(
-        schema.create_engine(settings.database_url, pool_size=settings.pool_size), actor=name
+        schema.create_engine(settings.database_url, pool_size=settings.pool_size, worker=True),
+        actor=name,
     )
     engine = Engine(
         store,

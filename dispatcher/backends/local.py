@@ -40,7 +40,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dispatcher.backends import local_shim as shim
 from dispatcher.backends.base import (
@@ -55,10 +56,12 @@ from dispatcher.backends.base import (
     TaskReport,
     Unavailable,
 )
-from dispatcher.durations import Duration
+from dispatcher.durations import Duration, format_duration
 from dispatcher.states import Outcome
 
 __all__ = ["LocalBackend", "LocalOptions", "LocalSettings"]
+
+log = structlog.get_logger(__name__)
 
 INLINE_BYTES: Final = 64 * 1024
 """Items up to this size travel in DISPATCH_ITEMS: Linux takes 128 KiB in one variable."""
@@ -77,6 +80,9 @@ LIMITS: Final = BackendLimits(
     per_task_env=True,
 )
 
+SHORTEST_KEEP: Final = timedelta(hours=1)
+"""An end must lie there until a worker has settled it, also after a while without workers."""
+
 OUTCOMES: Final = {
     shim.TIMED_OUT: Outcome.TIMED_OUT,
     shim.CANCELLED: Outcome.CANCELLED,
@@ -88,6 +94,8 @@ OUTCOMES: Final = {
 ALWAYS_INHERITED: Final = ("PATH", "HOME", "LANG", "TZ")
 OURS: Final = ("DISPATCHER_", "DISPATCH_")
 """Settings of the worker, and what a task is given: neither is handed down."""
+
+_MACHINE_ID: Final = Path("/etc/machine-id")
 
 _KEY: Final = re.compile(r"[a-z][a-z0-9-]{0,49}")
 _BLOCK: Final = 1 << 16
@@ -119,6 +127,16 @@ class LocalSettings(BaseModel):
     keep: Duration = Field(
         default=timedelta(days=7), description="how long the directories of what ended are kept"
     )
+
+    @field_validator("keep")
+    @classmethod
+    def _keep_until_settled(cls, keep: timedelta) -> timedelta:
+        if keep < SHORTEST_KEEP:
+            raise ValueError(
+                f"must be {format_duration(SHORTEST_KEEP)} or longer, not {format_duration(keep)}:"
+                " a directory must stay until a worker has recorded how its execution ended"
+            )
+        return keep
 
 
 class LocalOptions(BaseModel):
@@ -183,11 +201,16 @@ class LocalBackend:
         return LIMITS
 
     def home(self) -> Mapping[str, str]:
-        """Name this machine, this run of it and this container: only here are the processes."""
+        """Name this machine, this run of it and this container: only here are the processes.
+
+        The machine's own id is left out where the system has none: hosts may share a name.
+        """
+        machine = _machine_id()
         return {
             "host": socket.gethostname(),
             "boot_id": shim.boot_id(),
             "pid_ns": shim.pid_namespace(),
+            **({"machine": machine} if machine else {}),
         }
 
     def check(self, options: BaseModel, command: Sequence[str]) -> Sequence[str]:
@@ -232,20 +255,33 @@ class LocalBackend:
         with _os_errors(f"cannot look in the spool {self._spool}"):
             if (directory / shim.STARTED).exists():
                 return _launched(directory)
+            # In this order: a directory that comes into place comes with its whole request, so one
+            # that lacks it has lost it.
+            if not directory.exists():
+                return None
             record = shim.read_json(str(directory / shim.REQUEST))
-            if directory.exists() and (record is None or record["boot_id"] != shim.boot_id()):
+            if record is None or record.get("boot_id") != shim.boot_id():
                 return _launched(directory)  # a power cut may have cost the mark
         return None
 
     def poll(self, handles: Sequence[Handle]) -> Mapping[Handle, Report]:
         """Report on a page of executions; what a dead shim left running is killed on the way.
 
+        An execution whose directory cannot be read, or holds what no shim has written, is left out
+        with a warning in the log.
+
         Raises:
-            Unavailable: the spool cannot be read.
+            Unavailable: the spool itself cannot be read.
         """
         table = _ProcessTable()
-        with _os_errors(f"cannot read the spool {self._spool}"):
-            return {handle: self._report(handle, table) for handle in handles}
+        reports = {}
+        self._insist_on_the_spool()
+        for handle in handles:
+            try:
+                reports[handle] = self._report(handle, table)
+            except _UNREADABLE as error:
+                self._pass_over(handle, error)
+        return reports
 
     def cancel(self, handle: Handle) -> None:
         """Leave word that the execution is to end, and wake its shim.
@@ -282,9 +318,7 @@ class LocalBackend:
             return [
                 _launched(directory)
                 for directory in self._executions()
-                if _changed(directory / shim.STARTED) >= since.timestamp()
-                and _instance(directory) == instance
-                and self._report(directory.name, table).phase is Phase.RUNNING
+                if self._is_stray(directory, instance, since, table)
             ]
 
     def logs(self, handle: Handle, task_index: int, tail: int) -> Iterator[str]:
@@ -321,7 +355,11 @@ class LocalBackend:
             for directory in list(self._executions()):
                 if _changed(directory) >= limit:
                     continue
-                report = self._report(directory.name, table)
+                try:
+                    report = self._report(directory.name, table)
+                except _UNREADABLE as error:
+                    self._pass_over(directory.name, error)
+                    continue
                 ends = [task.ended_at for task in report.tasks if task.ended_at is not None]
                 if report.phase is Phase.ENDED and all(end < before for end in ends):
                     # Away with the name first: nobody shall meet half a directory.
@@ -423,6 +461,21 @@ class LocalBackend:
 
     # --- reporting ----------------------------------------------------------------------------
 
+    def _insist_on_the_spool(self) -> None:
+        """Raise Unavailable if no execution could be read; a spool that is not there holds none."""
+        with (
+            _os_errors(f"cannot read the spool {self._spool}"),
+            suppress(FileNotFoundError),
+            os.scandir(self._spool),
+        ):
+            (self._spool / shim.REQUEST).stat()  # needs the right to search it
+
+    def _pass_over(self, handle: Handle, error: Exception) -> None:
+        """Log that a directory cannot be read, unless it is the spool that cannot."""
+        self._insist_on_the_spool()
+        why = f"{type(error).__name__}: {error}"
+        log.warning("execution cannot be read", target=self.name, handle=handle, why=why)
+
     def _report(self, handle: Handle, table: _ProcessTable) -> Report:
         directory = self._spool / handle
         if not _KEY.fullmatch(handle):
@@ -453,6 +506,19 @@ class LocalBackend:
         lost = [TaskReport(index, Outcome.LOST, reason=why) for index in missing]
         return Report(Phase.ENDED, began, (*ended.values(), *lost))
 
+    def _is_stray(
+        self, directory: Path, instance: str, since: datetime, table: _ProcessTable
+    ) -> bool:
+        try:
+            return (
+                _changed(directory / shim.STARTED) >= since.timestamp()
+                and _instance(directory) == instance
+                and self._report(directory.name, table).phase is Phase.RUNNING
+            )
+        except _UNREADABLE as error:
+            self._pass_over(directory.name, error)
+            return False
+
     def _executions(self) -> Iterator[Path]:
         """Name the executions; a file that somebody has left in the spool is none."""
         if self._spool.exists():
@@ -467,6 +533,9 @@ _SHIM_FOLDER: Final = str(Path(shim.__file__).parent)
 _FLAGS: Final = ("-I", "-S")
 """Nothing of the task's environment reaches the shim's own Python, nor does site-packages."""
 
+_UNREADABLE: Final = (OSError, LookupError, TypeError, ValueError, AttributeError)
+"""What a directory raises that may not be read, or whose records are not what a shim writes."""
+
 _BOOT: Final = (
     "import sys; sys.path.append(sys.argv[1]); import local_shim; local_shim.main(sys.argv[2:])"
 )
@@ -480,6 +549,13 @@ def _os_errors(what: str, *, not_started: bool = False) -> Iterator[None]:
         yield
     except OSError as error:
         raise Unavailable(f"{what}: {error}", not_started=not_started) from error
+
+
+def _machine_id() -> str | None:
+    try:
+        return _MACHINE_ID.read_text().strip() or None
+    except (OSError, ValueError):  # none here, or not text
+        return None
 
 
 def _launched(directory: Path) -> Launched:

@@ -124,9 +124,9 @@ class Engine:
     def sweep(self) -> list[str]:
         """Do again what a lost message or a crash has left undone, over all batches.
 
-        Returns the batches that wait to be planned, for the caller to plan.
+        Returns the batches of our targets that wait to be planned, for the caller to plan.
         """
-        return self._sweeper.batches()
+        return self._sweeper.batches(self.places)
 
     def sweep_strays(self, target: str) -> None:
         """Cancel what runs on a target under our label and belongs to no live execution."""

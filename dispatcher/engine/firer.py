@@ -7,7 +7,7 @@ import structlog
 
 from dispatcher.config import Config
 from dispatcher.enqueueing import BatchRequest
-from dispatcher.errors import InvalidInput
+from dispatcher.errors import DispatcherError, InvalidInput
 from dispatcher.schedule import Firing, Schedule, firings
 from dispatcher.store import Store
 
@@ -24,8 +24,20 @@ class Firer:
         self._config = config
 
     def fire(self) -> list[str]:
-        """Fire what is due of every schedule; the batches that were enqueued."""
-        return [batch for s in self._config.schedules.values() for batch in self._fire(s)]
+        """Fire what is due of every schedule; the batches that were enqueued.
+
+        A schedule that cannot be fired keeps no other from it, whatever the reason: it is logged
+        and tried again the next time.
+        """
+        fired: list[str] = []
+        for schedule in self._config.schedules.values():
+            try:
+                fired += self._fire(schedule)
+            except DispatcherError as error:
+                log.warning("not fired; tried again", schedule=schedule.name, why=str(error))
+            except Exception:
+                log.exception("not fired; tried again", schedule=schedule.name)
+        return fired
 
     def _fire(self, schedule: Schedule) -> list[str]:
         """Fire what is due of one schedule since its last recorded time."""

@@ -108,12 +108,16 @@ class Launcher:
                 return []
             if (row.resumes_in or 0.0) > 0.0:
                 return []
-            place.down = place.down or row.down_calls > 0  # another worker may have said so
+            # Another worker may have said so.
+            place.down = place.down or row.down
+            place.launches_fail = place.launches_fail or row.down_calls > 0
             most_calls = 1 if row.down_calls else self._concurrency
             tokens = _tokens(target, row.tokens, row.tokens_age, row.pace)
             if tokens is not None:
                 most_calls = min(most_calls, int(tokens))
-            slots, executions = store.held_by_target(tx, target.name)
+            slots, executions, postponed = store.held_by_target(tx, target.name)
+            if postponed:
+                return []  # what was asked for before comes first
             free = UNLIMITED if target.max_running is None else target.max_running - slots
             if target.max_executions is not None:
                 most_calls = min(most_calls, target.max_executions - executions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
@@ -18,6 +18,7 @@ from dispatcher.engine.launcher import Launcher
 from dispatcher.engine.place import READERS, Ending, Place, report_breach
 from dispatcher.engine.settler import Settler, end_finished_batches
 from dispatcher.errors import Unreachable
+from dispatcher.errors import DispatcherError, Unreachable
 from dispatcher.judging import ASKED
 from dispatcher.states import CancelKind
 from dispatcher.store import Conflict, Store, again
@@ -119,20 +120,35 @@ class Sweeper:
             place.went_down(str(failures[0]))
         place.watch.hurry(wanted, self._monotonic())
 
-    def batches(self) -> list[str]:
+    def batches(self, targets: Collection[str]) -> list[str]:
         """Do again what a lost message or a crash has left undone, over all batches.
 
-        Returns the batches that wait to be planned, for the caller to plan.
+        A batch that cannot be moved keeps no other from it: it is logged and tried again the next
+        time. Returns the batches of `targets` that wait to be planned, for the caller to plan.
         """
         for batch_id in self._store.overdue_batches():
             log.warning("batch deadline passed", batch=batch_id)
-            again(partial(self._expire_batch, batch_id))
-        stalled = self._store.stalled_batches()
-        if stalled:
-            with self._store.transaction() as tx:
-                self._store.lock_batches(tx, stalled)
-                end_finished_batches(self._store, tx, stalled)
-        return self._store.unplanned(20)
+            self._sweep(self._expire_batch, batch_id)
+        for batch_id in self._store.stalled_batches():
+            self._sweep(self._end_stalled, batch_id)
+        return self._store.unplanned(20, targets)
+
+    def _sweep(self, step: Callable[[str], None], batch_id: str) -> None:
+        """Take a step for one batch; a database that is gone ends the sweep, nothing else does."""
+        try:
+            again(partial(step, batch_id))
+        except Unreachable:
+            raise
+        except DispatcherError as error:
+            log.warning("not swept; tried again", batch=batch_id, why=str(error))
+        except Exception:
+            log.exception("not swept; tried again", batch=batch_id)
+
+    def _end_stalled(self, batch_id: str) -> None:
+        """End a batch whose last chunk ended and whose last move a crash has taken."""
+        with self._store.transaction() as tx:
+            self._store.lock_batches(tx, [batch_id])
+            end_finished_batches(self._store, tx, [batch_id])
 
     def _expire_batch(self, batch_id: str) -> None:
         """Cancel a batch whose deadline passed."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
+import psycopg
 import sqlalchemy as sa
 import structlog
 
@@ -23,7 +24,14 @@ NO_TABLES: Final = frozenset({"3F000", "42P01", "42703"})
 """No such schema, table or column."""
 
 NO_RIGHT: Final = "42501"
-DEADLOCK_OR_SERIALIZATION: Final = frozenset({"40P01", "40001"})
+MET_ANOTHER: Final = frozenset({"40P01", "40001", "55P03"})
+"""A deadlock, a serialization failure, a lock that was not to be had in time."""
+
+READ_ONLY: Final = "25006"
+"""What a server says that was demoted: our connections to it are of no more use."""
+
+GONE: Final = frozenset({READ_ONLY, "25P03", "57P01", "57P02", "57P03"})
+"""The server lets nobody write or is going away, or it ended our connection; and class 08."""
 
 EXECUTION_COLUMNS: Final = """
     e.id, e.key, e.batch_id, e.job_name, e.state, e.stray, e.tasks, e.open_tasks, e.parallelism,
@@ -62,34 +70,50 @@ class BaseStore:
         """Open a transaction that commits at the end of the block.
 
         Raises:
-            Unreachable: the database does not answer.
-            Conflict: a deadlock or a serialization failure; nothing was written.
+            Unreachable: the database does not answer, or lets nobody write; connect again.
+            Conflict: a deadlock, a serialization failure, or a lock that another session has kept
+                for too long; nothing was written.
         """
         try:
             with self.engine.begin() as tx:
                 yield tx
-        except sa.exc.OperationalError as error:
-            if getattr(error.orig, "sqlstate", None) in DEADLOCK_OR_SERIALIZATION:
-                raise Conflict(str(error.orig)) from error
-            url = self.engine.url.render_as_string(hide_password=False)
-            raise Unreachable(schema.unreachable(url, error)) from error
         except sa.exc.TimeoutError as error:
             raise Unreachable(
                 f"every database connection of this process is in use: {error}; "
                 "raise DISPATCHER_POOL_SIZE, or use fewer threads"
             ) from error
-        except sa.exc.ProgrammingError as error:
-            if getattr(error.orig, "sqlstate", None) in NO_TABLES:
-                raise SchemaMismatch(
-                    f"the database lacks what this code needs ({error.orig}): "
-                    "run `dispatcher db upgrade`"
-                ) from error
-            if getattr(error.orig, "sqlstate", None) == NO_RIGHT:
-                raise NotAllowed(
-                    f"the database does not let user {self.engine.url.username} do this: "
-                    f"{error.orig}"
-                ) from error
-            raise
+        except (sa.exc.DBAPIError, psycopg.Error) as error:
+            self._raise_as_ours(error)
+
+    def _raise_as_ours(self, error: sa.exc.DBAPIError | psycopg.Error) -> NoReturn:
+        """Raise what a caller can act on; an error that only a bug can cause stays as it is.
+
+        COPY bypasses SQLAlchemy, so the driver's own errors come here too.
+        """
+        cause = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+        code = getattr(cause, "sqlstate", None) or ""
+        if code in MET_ANOTHER:
+            raise Conflict(str(cause)) from error
+        if code in NO_TABLES:
+            raise SchemaMismatch(
+                f"the database lacks what this code needs ({cause}): run `dispatcher db upgrade`"
+            ) from error
+        if code == NO_RIGHT:
+            raise NotAllowed(
+                f"the database does not let user {self.engine.url.username} do this: {cause}"
+            ) from error
+        if (
+            isinstance(cause, psycopg.OperationalError)
+            or (isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated)
+            or code in GONE
+            or code.startswith("08")
+        ):
+            if code == READ_ONLY:
+                # The connections themselves are sound: nothing else would make us leave them.
+                self.engine.dispose()
+            url = self.engine.url.render_as_string(hide_password=False)
+            raise Unreachable(schema.unreachable(url, error)) from error
+        raise error
 
     def run(
         self, tx: sa.Connection, sql: str, /, **params: Any

@@ -30,7 +30,7 @@ class LaunchStore(BaseStore):
             tx,
             """
             SELECT t.home, t.tokens, extract(epoch FROM now() - t.tokens_at)::float8, t.pace,
-                t.down_calls, extract(epoch FROM t.resume_at - now())::float8, i.instance
+                t.down_calls, t.down_since IS NOT NULL, extract(epoch FROM t.resume_at - now())::float8, i.instance
             FROM dispatcher.target t CROSS JOIN dispatcher.installation i
             WHERE t.name = :name FOR UPDATE OF t
             """,
@@ -102,17 +102,21 @@ class LaunchStore(BaseStore):
         )
         return {row[0]: row[1] for row in rows}
 
-    def held_by_target(self, tx: sa.Connection, target: str) -> tuple[int, int]:
-        """Count a target's slots and live executions, from the rows: nothing can leak."""
+    def held_by_target(self, tx: sa.Connection, target: str) -> tuple[int, int, int]:
+        """Count a target's slots and live executions, from the rows: nothing can leak.
+
+        And how many of them wait for another call, as the provider asked us to slow down.
+        """
         row = self.run(
             tx,
             f"""
-            SELECT coalesce(sum(least(open_tasks, parallelism)), 0)::int, count(*)::int
+            SELECT coalesce(sum(least(open_tasks, parallelism)), 0)::int, count(*)::int,
+                (count(*) FILTER (WHERE state = 'intended' AND call_by IS NULL))::int
             FROM dispatcher.execution WHERE target = :target AND state IN {LIVE}
             """,  # noqa: S608 - a constant of this module
             target=target,
         ).one()
-        return row[0], row[1]
+        return row[0], row[1], row[2]
 
     def held_by_job(self, tx: sa.Connection, job_name: str) -> int:
         """Count the slots of a job over all its batches."""

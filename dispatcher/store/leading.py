@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
+
+import sqlalchemy as sa
 
 from dispatcher import schema
-from dispatcher.store.base import BaseStore
+from dispatcher.store.base import LIVE, BaseStore, Conflict
 
 __all__ = ["LeadStore"]
+
+SOON: Final = "SET LOCAL lock_timeout = '1s'"
+"""A worker's clock takes leases: it must not wait for a process that was stopped with the row."""
 
 
 class LeadStore(BaseStore):
@@ -61,9 +66,14 @@ class LeadStore(BaseStore):
         """Take or renew a target's lease; None if it is ours now, else why it is not.
 
         A target with a home is served only there. When its machine was rebooted or its container
-        restarted, the same host takes over as soon as the old lease has run out.
+        restarted, the same machine takes over as soon as the old lease has run out. A target that
+        was given another backend leaves its home, once nothing of the old one runs.
+
+        Raises:
+            Conflict: another session has held the target's row for a second.
         """
         with self.transaction() as tx:
+            self.run(tx, SOON)
             self.run(
                 tx,
                 """
@@ -79,14 +89,21 @@ class LeadStore(BaseStore):
             row = self.run(
                 tx,
                 """
-                SELECT home, lease_owner, coalesce(lease_until > now(), false)
+                SELECT home, lease_owner, coalesce(lease_until > now(), false), backend
                 FROM dispatcher.target WHERE name = :name FOR UPDATE
                 """,
                 name=target,
             ).one()
-            theirs, owner, leased = row
-            if theirs is not None and (home is None or theirs.get("host") != home.get("host")):
-                return f"target {target} can be served only on host {theirs.get('host')}"
+            theirs, owner, leased, before = row
+            if theirs is not None and before != backend:
+                live = self._live(tx, target)
+                if live:
+                    return (
+                        f"target {target} still has {live} executions of backend {before} on host "
+                        f"{theirs.get('host')}: serve it there with that backend until they ended"
+                    )
+            elif theirs is not None and not _is_same_machine(theirs, home):
+                return f"target {target} can be served only on {_name_machine(theirs, home)}"
             if leased and owner != self.actor:
                 return f"target {target} is led by {owner}"
             self.run(
@@ -107,20 +124,53 @@ class LeadStore(BaseStore):
             )
             return None
 
+    def _live(self, tx: sa.Connection, target: str) -> int:
+        """Count what may still run on a target."""
+        count: int = self.run(
+            tx,
+            f"SELECT count(*) FROM dispatcher.execution WHERE target = :target AND state IN {LIVE}",  # noqa: S608 - a constant of base.py
+            target=target,
+        ).scalar_one()
+        return count
+
     def release(self) -> None:
-        """Give up this worker's leases and say that it stopped, so that others go on at once."""
+        """Give up this worker's leases and say that it stopped, so that others go on at once.
+
+        Raises:
+            Conflict: another session has held a target's row for a second; the others are free.
+        """
         with self.transaction() as tx:
+            self.run(
+                tx,
+                "UPDATE dispatcher.worker SET stopped_at = now() WHERE id = :actor",
+                actor=self.actor,
+            )
+            targets = self.run(
+                tx,
+                "SELECT name FROM dispatcher.target WHERE lease_owner = :actor ORDER BY name",
+                actor=self.actor,
+            ).scalars()
+            held = list(targets)
+        busy: Conflict | None = None
+        for target in held:
+            try:
+                self._release(target)
+            except Conflict as error:
+                busy = error
+        if busy is not None:
+            raise busy
+
+    def _release(self, target: str) -> None:
+        """Give up the lease of one target."""
+        with self.transaction() as tx:
+            self.run(tx, SOON)
             self.run(
                 tx,
                 """
                 UPDATE dispatcher.target SET lease_until = now(), lease_owner = NULL
-                WHERE lease_owner = :actor
+                WHERE name = :name AND lease_owner = :actor
                 """,
-                actor=self.actor,
-            )
-            self.run(
-                tx,
-                "UPDATE dispatcher.worker SET stopped_at = now() WHERE id = :actor",
+                name=target,
                 actor=self.actor,
             )
 
@@ -205,3 +255,19 @@ class LeadStore(BaseStore):
                 name=name,
                 factor=factor,
             )
+
+
+def _is_same_machine(theirs: Mapping[str, str], ours: Mapping[str, str] | None) -> bool:
+    """Compare machines; where one of the two has no identity, host names."""
+    if ours is None:
+        return False
+    by = "machine" if theirs.get("machine") and ours.get("machine") else "host"
+    return theirs.get(by) == ours.get(by)
+
+
+def _name_machine(theirs: Mapping[str, str], ours: Mapping[str, str] | None) -> str:
+    """Name a machine so that it can be told from ours."""
+    name = f"host {theirs.get('host')}"
+    if ours is not None and theirs.get("host") == ours.get("host"):
+        name += f" of machine {theirs.get('machine')}, and this is {ours.get('machine')}"
+    return name

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 import sqlalchemy as sa
 
 from dispatcher import schema
@@ -20,8 +21,11 @@ __all__ = ["PlanStore", "Planning"]
 class PlanStore(BaseStore):
     """Holds a batch while it is planned and writes its chunks, all or nothing."""
 
-    def unplanned(self, limit: int) -> list[str]:
-        """Find batches that wait to be planned, oldest first."""
+    def unplanned(self, limit: int, targets: Collection[str] | None = None) -> list[str]:
+        """Find batches that wait to be planned, oldest first; only those of `targets` if given.
+
+        Whoever plans gives the targets that it serves: others' batches would fill the limit.
+        """
         with self.transaction() as tx:
             rows = self.run(
                 tx,
@@ -29,9 +33,11 @@ class PlanStore(BaseStore):
                 SELECT id FROM dispatcher.batch
                 WHERE state = 'planning' AND (plan_after IS NULL OR plan_after <= now())
                     AND code_version <= :code_version
+                    AND (CAST(:targets AS text[]) IS NULL OR target = ANY(:targets))
                 ORDER BY created_at LIMIT :limit
                 """,
                 limit=limit,
+                targets=None if targets is None else list(targets),
                 code_version=schema.CODE_VERSION,
             )
             return [row[0] for row in rows]
@@ -155,22 +161,33 @@ class Planning:
             number += 1
 
     def write(self, chunks: Sequence[tuple[int, int, float | None, str]]) -> None:
-        """COPY chunks, given as index, size, weight and items."""
+        """COPY chunks, given as index, size, weight and items.
+
+        Raises:
+            Unreachable: the connection was lost.
+        """
         raw = self._tx.connection.driver_connection
         if raw is None:
             raise Unreachable("the database connection was closed while a batch was planned")
         now = self._store.run(self._tx, "SELECT now()").scalar_one()
-        with raw.cursor() as cursor:
-            with cursor.copy(
-                "COPY dispatcher.chunk (batch_id, index, state, size, weight, due_at) FROM STDIN"
-            ) as copy:
-                for index, size, weight, _ in chunks:
-                    copy.write_row((self.batch_id, index, "pending", size, weight, now))
-            with cursor.copy(
-                "COPY dispatcher.chunk_items (batch_id, chunk_index, items) FROM STDIN"
-            ) as copy:
-                for index, _, _, items in chunks:
-                    copy.write_row((self.batch_id, index, items))
+        try:
+            with raw.cursor() as cursor:
+                with cursor.copy(
+                    "COPY dispatcher.chunk (batch_id, index, state, size, weight, due_at)"
+                    " FROM STDIN"
+                ) as copy:
+                    for index, size, weight, _ in chunks:
+                        copy.write_row((self.batch_id, index, "pending", size, weight, now))
+                with cursor.copy(
+                    "COPY dispatcher.chunk_items (batch_id, chunk_index, items) FROM STDIN"
+                ) as copy:
+                    for index, _, _, items in chunks:
+                        copy.write_row((self.batch_id, index, items))
+        except psycopg.Error as error:
+            # SQLAlchemy has not seen it: a dead connection must not go back to the pool.
+            if raw.closed:
+                self._tx.invalidate(error)
+            raise
 
     def finish(self, items: int, chunks: int, largest: int) -> bool:
         """planning → running, or → succeeded where there is nothing to do.

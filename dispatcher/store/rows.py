@@ -49,6 +49,7 @@ class TargetRow(NamedTuple):
     tokens_age: float | None
     pace: float
     down_calls: int
+    down: bool
     resumes_in: float | None
     instance: str
 

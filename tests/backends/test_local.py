@@ -20,6 +20,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+from pydantic import ValidationError
+from structlog.testing import capture_logs
 
 from dispatcher.backends import local_shim
 from dispatcher.backends.base import (
@@ -876,11 +878,69 @@ class TestTheSpool:
         assert place.report("old").phase is Phase.ABSENT
         assert place.report("running").phase is Phase.RUNNING
 
-    def test_names_its_home(self, place: Place) -> None:
+    def test_names_its_home(
+        self, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        machine = tmp_path / "machine-id"
+        monkeypatch.setattr("dispatcher.backends.local._MACHINE_ID", machine)
+        assert set(place.backend.home()) == {"host", "boot_id", "pid_ns"}
+        machine.write_text("0123abcd\n")
         home = place.backend.home()
-        assert set(home) == {"host", "boot_id", "pid_ns"}
+        assert set(home) == {"host", "boot_id", "pid_ns", "machine"}
+        assert home["machine"] == "0123abcd"
         assert home["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         assert home["pid_ns"].startswith("pid:[")
+
+    @pytest.mark.parametrize("keep", ["59m", "0.5s"])
+    def test_keeps_what_ended_for_an_hour_at_least(self, keep: str) -> None:
+        with pytest.raises(ValidationError, match=f"must be 1h or longer, not {keep}: a directory"):
+            LocalSettings.model_validate({"keep": keep})
+        assert LocalSettings.model_validate({"keep": "1h"}).keep == timedelta(hours=1)
+
+    def test_with_unreadable_directories_tells_of_all_others(self, place: Place) -> None:
+        place.run("good", "true")
+        for key in ("folder", "odd", "list"):
+            place.run(key, "true")
+        (place.spool / "folder" / "started.json").unlink()
+        (place.spool / "folder" / "started.json").mkdir()
+        (place.spool / "odd" / "started.json").write_text('{"pid": 1}')
+        place.rewrite("list", "0", "exit.json", started_at=5)
+        keys = ["folder", "good", "odd", "list", "unknown"]
+        with capture_logs() as logs:
+            reports = place.backend.poll(keys)
+            assert list(place.backend.strays("test", datetime.fromtimestamp(0, UTC))) == []
+            later = datetime.now(UTC) + timedelta(days=8)
+            assert {key: r.phase for key, r in reports.items()} == {
+                "good": Phase.ENDED,
+                "unknown": Phase.ABSENT,
+            }
+            assert place.backend.clean(later) == 1
+        assert [entry["handle"] for entry in logs[:3]] == ["folder", "odd", "list"]
+        assert {entry["log_level"] for entry in logs} == {"warning"}
+        assert logs[1]["why"] == "KeyError: 'started_at'"
+        assert {path.name for path in place.spool.iterdir()} == {"folder", "odd", "list"}
+
+    def test_that_cannot_be_read_is_unavailable(self, place: Place) -> None:
+        place.spool.write_text("a file")
+        with pytest.raises(Unavailable, match="cannot read the spool"):
+            place.report("k")
+
+    def test_has_nothing_to_find_that_comes_into_place_at_this_moment(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        request = place.request("k")
+        read = local_shim.read_json
+
+        def read_before_the_rename(path: str) -> dict[str, Any] | None:
+            record = read(path)
+            if not (place.spool / "k").exists():
+                place.backend._declare(request, place.spool / "k")
+            return record
+
+        monkeypatch.setattr(local_shim, "read_json", read_before_the_rename)
+        assert place.backend.find(request) is None
+        place.backend._declare(request, place.spool / "k")
+        assert place.backend.find(request) is None, "it is there and was never started"
 
     def test_takes_only_its_own_settings(self) -> None:
         with pytest.raises(TypeError, match="not LocalSettings"):

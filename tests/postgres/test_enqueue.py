@@ -356,6 +356,31 @@ def test_in_a_callers_transaction_the_batch_exists_exactly_if_it_commits(bench: 
     assert bench.dispatcher.get(kept.id).chunk_count == 2500
 
 
+def test_a_call_that_raises_leaves_nothing_in_the_callers_transaction(bench: Bench) -> None:
+    def broken() -> Iterator[int]:
+        yield from range(5000)
+        raise ZeroDivisionError
+
+    with bench.database.begin() as connection:
+        with pytest.raises(ZeroDivisionError):
+            bench.enqueue(broken(), key="k", connection=connection)
+        with pytest.raises(InvalidItems):
+            bench.enqueue([*range(3000), object()], connection=connection)
+        kept = bench.enqueue([1, 2], key="k", connection=connection)
+    assert counts(bench) == (1, 1)
+    bench.finish(kept)
+    assert items_of(bench, kept.id) == [1, 2]
+
+
+def test_a_connection_without_a_transaction_is_refused(bench: Bench) -> None:
+    with (
+        bench.database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
+        pytest.raises(InvalidInput, match=r"^connection is in autocommit, so it has no transacti"),
+    ):
+        bench.enqueue([1], connection=connection)
+    assert counts(bench) == (0, 0)
+
+
 # --- waiting, reading -----------------------------------------------------------------------------
 
 

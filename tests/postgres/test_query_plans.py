@@ -105,7 +105,8 @@ def statements(bench: Bench) -> dict[str, Callable[[sa.Connection], object]]:
     handles = [str(i) for i in ids]
     return {
         "lock_target": lambda tx: store.lock_target(tx, HERE),
-        "waiting": lambda tx: store.waiting(tx, HERE, 16),
+        "waiting": lambda tx: store.waiting(tx, HERE),
+        "count_due": lambda tx: store.count_due(tx, {"batch15": 16, "batch16": 16}),
         "held_by_target": lambda tx: store.held_by_target(tx, HERE),
         "held_by_job": lambda tx: store.held_by_job(tx, "job0"),
         "jobs": lambda tx: store.jobs(tx, ["batch15", "batch16"]),

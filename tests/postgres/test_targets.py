@@ -165,19 +165,21 @@ def test_a_provider_that_does_not_answer_is_not_called_again_at_once_and_then_by
     bench.plan()
     assert bench.engine.launch(HERE).calls == 1
     assert bench.engine.launch(HERE).calls == 0, "its launches rest"
-    bench.advance(5.4)  # 1 s, and 9 s by the roll of a half
+    bench.advance(1.4)  # 1 s, and half a second by the roll of a half
     assert bench.engine.launch(HERE).calls == 0
     bench.advance(0.1)
     assert bench.engine.launch(HERE).calls == 1, "one probe, and it fails"
     assert row(bench, "down_calls", HERE) == 2
-    bench.advance(6)
+    bench.advance(2.9)
+    assert bench.engine.launch(HERE).calls == 0, "twice as long after the second in a row"
+    bench.advance(0.1)
     assert bench.engine.launch(HERE).calls == 1
     assert row(bench, "down_since", HERE) is None
     assert bench.finish(batch).state == "succeeded"
 
 
 def test_while_it_is_down_only_one_launch_probes(bench: Bench) -> None:
-    bench.store.target_down(HERE, "it hangs", resume_in=None)
+    bench.store.target_down(HERE, "it hangs", resume_in=0.0)
     bench.enqueue(range(8))
     bench.plan()
     assert bench.engine.launch(HERE).calls == 1
@@ -225,3 +227,42 @@ def test_what_is_not_served_here_is_left_alone(bench: Bench) -> None:
     assert bench.engine.launch("elsewhere").calls == 0
     assert not bench.engine.launch("elsewhere").more
     assert bench.engine.clean(HERE) == 0
+
+
+def test_a_poll_that_works_ends_no_outage_of_launches(make_bench: MakeBench) -> None:
+    bench = make_bench(concurrency=4)
+    bench.script(seconds=100)
+    bench.enqueue(range(1))
+    bench.turn()
+    bench.world.fail_next("launch", Fault.UNAVAILABLE, times=50)
+    bench.enqueue(range(40))
+    before = bench.world.calls["launch"]
+    for _ in range(60):
+        bench.turn()
+        bench.advance(1)
+    assert row(bench, "down_since", HERE) is not None
+    assert bench.world.calls["launch"] - before < 20, "held, and then tried one by one"
+
+
+def test_a_throttled_target_is_called_less_and_less(make_bench: MakeBench) -> None:
+    bench = make_bench(concurrency=16)
+    bench.world.fail_next("launch", Fault.THROTTLED, times=10_000)
+    bench.enqueue(range(500))
+    for _ in range(60):
+        bench.turn()
+        bench.advance(1)
+    assert bench.world.calls["launch"] <= 16 * 5
+    assert len(bench.executions()) == 16, "no others are asked for before these"
+
+
+def test_many_batches_of_a_job_at_its_limit_hide_no_other_job(make_bench: MakeBench) -> None:
+    bench = make_bench(job("full", limits={"running": 1}), job("other"))
+    bench.script(seconds=1000)
+    with bench.dispatcher.store.transaction():
+        for _ in range(210):
+            bench.dispatcher.enqueue("full", [1])
+    late = bench.dispatcher.enqueue("other", [1])
+    for batch in bench.store.unplanned(1000):
+        bench.engine.plan(batch)
+    bench.engine.launch(HERE)
+    assert late.refresh().counts == {"running": 1}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dispatcher.errors import InvalidInput
 from dispatcher.job import Job
@@ -93,6 +94,37 @@ def test_the_audit_keeps_what_was_asked_without_its_secrets() -> None:
     assert kept["env"]["PLAIN"] == "x"
     assert "hunter2" not in audit_copy(request)
     assert (kept["tasks"], kept["parallelism"], kept["timeout"]) == (1, 1, 3600.0)
+
+
+def test_the_audit_is_bounded_whatever_its_templates_were_filled_with() -> None:
+    items = json.dumps([f"http://host:8080/{number}" for number in range(50_000)])
+    one = job(
+        command=["run", "https://me:hunter2@host/x"],
+        args=["--token=hunter2", "{items:csv}", *["{items:json}"] * 50],
+        env={"IDS": "{items:csv}"} | {f"E{n}": "ä" * 3000 for n in range(100)},
+    )
+    copy = audit_copy(launch_request(plan(one), "key", "inst", [(0, 1)], {0: items}))
+    assert len(copy.encode()) < 65_536
+    assert "hunter2" not in copy
+    kept = json.loads(copy)
+    assert kept["command"] == ["run", "https://me:***@host/x"]
+    assert kept["args"][0] == "--token=***"
+    assert re.fullmatch(r"http://host:8080/0,.{1981}… \(\d{7} characters in all\)", kept["args"][1])
+    assert kept["args"][-1] == f"… ({52 - len(kept['args']) + 1} more)"
+    assert kept["env"]["IDS"] == kept["args"][1]
+    assert kept["env"]["…"] == f"{101 - len(kept['env']) + 1} more"
+
+
+def test_the_audit_is_bounded_also_in_many_small_values_and_in_options() -> None:
+    one = job(args=[""] * 100_000, env={f"E{number}": "" for number in range(20_000)})
+    request = launch_request(plan(one), "key", "inst", [(0, 1)], ITEMS)
+
+    class Options(BaseModel):
+        text: str = ""
+
+    copy = audit_copy(replace(request, options=Options(text="x" * 100_000)))
+    assert len(copy.encode()) < 65_536
+    assert json.loads(copy)["options"] == {"…": "100012 bytes are left out"}
 
 
 def test_a_chunk_is_tried_in_its_templates_when_it_is_planned() -> None:
