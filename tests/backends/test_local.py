@@ -924,6 +924,7 @@ class TestTheSpool:
         place.spool.write_text("a file")
         with pytest.raises(Unavailable, match="cannot read the spool"):
             place.report("k")
+        place.spool.unlink()
 
     def test_has_nothing_to_find_that_comes_into_place_at_this_moment(
         self, place: Place, monkeypatch: pytest.MonkeyPatch

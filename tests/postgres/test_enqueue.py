@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -379,6 +380,33 @@ def test_a_connection_without_a_transaction_is_refused(bench: Bench) -> None:
     ):
         bench.enqueue([1], connection=connection)
     assert counts(bench) == (0, 0)
+
+
+def test_a_restored_copy_gets_another_name_and_nothing_open_by_what_operations_md_says(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(job(), limits={"max_concurrent": 2})
+    ended = bench.enqueue([1])
+    bench.finish(ended)
+    bench.enqueue([1])
+    running = bench.enqueue([1, 2, 3])
+    bench.plan()
+    bench.launch()
+    assert bench.sql("SELECT count(*) FROM dispatcher.execution WHERE state <> 'ended'") == [2]
+    (before,) = bench.sql("SELECT instance FROM dispatcher.installation")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+    block = page.partition("## Restoring a dump beside the original")[2].partition("```sql\n")[2]
+    for statement in block.partition("```")[0].strip().removesuffix(";").split(";"):
+        bench.sql(statement)
+    (after,) = bench.sql("SELECT instance FROM dispatcher.installation")
+    assert after != before
+    assert re.fullmatch("[a-z0-9]{12}", after)
+    assert [b.id for b in bench.dispatcher.batches()] == [ended.id]
+    with pytest.raises(UnknownBatch):
+        bench.dispatcher.get(running.id)
+    assert bench.sql(
+        "SELECT (SELECT count(*) FROM dispatcher.chunk), (SELECT count(*) FROM dispatcher.attempt)"
+    ) == [(1, 1)]
 
 
 # --- waiting, reading -----------------------------------------------------------------------------

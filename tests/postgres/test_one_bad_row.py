@@ -1,0 +1,156 @@
+"""What goes wrong with one execution, or once, stays with it: nothing lost, nobody else waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import pytest
+from workbench import HERE, Bench, job
+
+from dispatcher.backends.base import (
+    Backend,
+    Handle,
+    Launched,
+    LaunchRequest,
+    Phase,
+    Report,
+    TaskReport,
+)
+from dispatcher.errors import Unreachable
+from dispatcher.states import Outcome
+from dispatcher.testing import Ending, Fault
+
+MakeBench = Callable[..., Bench]
+
+
+class Spoiled:
+    """A backend of which some answers are changed by the test."""
+
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+        self.find_fails = False
+        self.report: Callable[[Report], Report] = lambda report: report
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def find(self, request: LaunchRequest) -> Launched | None:
+        if self.find_fails:
+            raise ValueError("a bug in the backend")
+        return self._inner.find(request)
+
+    def poll(self, handles: Sequence[Handle]) -> Mapping[Handle, Report]:
+        return {handle: self.report(r) for handle, r in self._inner.poll(handles).items()}
+
+
+def spoiled(make_bench: MakeBench, *jobs: Any, **more: Any) -> tuple[Bench, Spoiled]:
+    made: list[Spoiled] = []
+
+    def wrap(inner: Backend) -> Any:
+        made.append(Spoiled(inner))
+        return made[-1]
+
+    bench = make_bench(*jobs, wrap=wrap, **more)
+    bench.turn()
+    return bench, made[0]
+
+
+def test_a_result_that_could_not_be_written_at_once_is_written_later(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench(job("packed", options={"max_tasks": 3, "parallelism": 3}))
+    bench.world.script = lambda _b, chunk, _a: Ending(seconds=(1, 50, 50)[chunk])
+    batch = bench.enqueue(range(3), "packed")
+    bench.turn()
+    bench.advance(2)
+    with monkeypatch.context() as broken:
+
+        def unreachable(_started: Mapping[int, datetime | None]) -> None:
+            raise Unreachable("the database is restarting")
+
+        broken.setattr(bench.store, "mark_started", unreachable)
+        with pytest.raises(Unreachable):
+            bench.engine.follow(HERE)
+    assert bench.finish(batch).state == "succeeded"
+    assert [bench.outcomes(batch, index) for index in range(3)] == [["succeeded"]] * 3
+
+
+def test_a_start_that_could_not_be_written_at_once_does_not_look_like_none(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench(job(start_timeout="1m", timeout="2h"))
+    bench.script(seconds=1800)
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.advance(2)
+    with monkeypatch.context() as broken:
+
+        def unreachable(_started: Mapping[int, datetime | None]) -> None:
+            raise Unreachable("the database is restarting")
+
+        broken.setattr(bench.store, "mark_started", unreachable)
+        with pytest.raises(Unreachable):
+            bench.engine.follow(HERE)
+    for _ in range(70):
+        bench.turn()
+        bench.advance(30)
+    assert bench.finish(batch).state == "succeeded"
+
+
+def test_an_exit_code_that_no_column_holds_ends_its_attempt_and_no_other(
+    make_bench: MakeBench,
+) -> None:
+    bench, backend = spoiled(make_bench, job(retry={"attempts": 1}))
+
+    def windows(report: Report) -> Report:
+        if report.phase is not Phase.ENDED:
+            return report
+        naive = datetime(2026, 11, 21, 1, 2, 3)  # noqa: DTZ001 - that is the point
+        ended = [
+            TaskReport(t.index, Outcome.FAILED, 3221225477, None, naive, naive)
+            for t in report.tasks
+        ]
+        return Report(report.phase, report.started_at, tuple(ended))
+
+    backend.report = windows
+    batch = bench.finish(bench.enqueue(range(3)))
+    assert batch.state == "failed"
+    (attempt,) = next(iter(bench.dispatcher.chunks(batch.id))).attempts
+    assert attempt.outcome == "failed"
+    assert attempt.reason == "ended (exit code 3221225477)"
+
+
+def test_an_execution_that_cannot_be_looked_up_holds_up_no_cancel(make_bench: MakeBench) -> None:
+    bench, backend = spoiled(make_bench)
+    bench.script(seconds=10_000)
+    running = bench.enqueue(range(2))
+    bench.turn()
+    bench.world.fail_next("launch", Fault.REPLY_LOST)
+    backend.find_fails = True
+    lost = bench.enqueue([1])
+    bench.turn(3)
+    bench.dispatcher.cancel(running.id)
+    for _ in range(10):
+        bench.turn()
+        bench.advance(1)
+    assert running.refresh().state == "cancelled"
+    assert lost.refresh().state == "running"
+    backend.find_fails = False
+    bench.advance(60)
+    bench.turn(3)
+    assert lost.refresh().counts == {"running": 1}
+
+
+def test_a_launch_that_never_gets_a_clear_answer_is_given_up(make_bench: MakeBench) -> None:
+    bench = make_bench(job(retry={"infrastructure_attempts": 1}))
+    bench.world.fail_next("launch", Fault.UNAVAILABLE, times=1000)
+    batch = bench.enqueue([1])
+    for _ in range(200):
+        bench.turn()
+        bench.advance(5)
+    batch = batch.refresh()
+    assert batch.state == "failed"
+    assert "5 launch calls got no clear answer and started nothing" in str(batch.reason)
+    assert bench.world.calls["launch"] == 5
