@@ -2,7 +2,8 @@
 
 Each target's turn runs in slots of its own, so that a provider that hangs holds up nothing else.
 The loop does no work but the heartbeat and the leases: if it dies or stands still, the process dies
-with it and the supervisor starts another. What runs is followed to its end even while the broker is down.
+with it and the supervisor starts another. What runs is followed to its end even while the broker
+is down.
 """
 
 from __future__ import annotations
@@ -179,17 +180,7 @@ class Clock:
         if slot.running is not None:
             if not slot.running.done():
                 return
-            error = slot.running.exception()
-            found = error is None and slot.running.result()
-            slot.running = None
-            slot.next_at = now + slot.every
-            if isinstance(error, DispatcherError):
-                log.warning("turn failed; tried again", turn=slot.name, why=str(error))
-            elif error is not None:
-                log.error("turn failed; tried again", turn=slot.name, exc_info=error)
-            elif found:
-                for other in slot.wakes:
-                    other.next_at = now
+            self._end_turn(slot, slot.running, now)
         if now < slot.next_at:
             return
         if slot.target is not None and boottime() >= self._leased_until.get(slot.target, 0.0):
@@ -200,6 +191,19 @@ class Clock:
             # The pool was shut between our look at the event and this line.
             if not self._stopping.is_set():
                 raise
+
+    def _end_turn(self, slot: Slot, step: Future[object], now: float) -> None:
+        """Say when a slot that is done is due again, and wake those that wait for it."""
+        slot.running = None
+        slot.next_at = now + slot.every
+        error = step.exception()
+        if isinstance(error, DispatcherError):
+            log.warning("turn failed; tried again", turn=slot.name, why=str(error))
+        elif error is not None:
+            log.error("turn failed; tried again", turn=slot.name, exc_info=error)
+        elif step.result():
+            for other in slot.wakes:
+                other.next_at = now
 
     def _beat(self) -> None:
         """Write the heartbeat and renew the leases; a database that is gone stops neither."""

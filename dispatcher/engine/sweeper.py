@@ -17,7 +17,6 @@ from dispatcher.backends.base import (
 from dispatcher.engine.launcher import Launcher
 from dispatcher.engine.place import READERS, Ending, Place, report_breach
 from dispatcher.engine.settler import Settler, end_finished_batches
-from dispatcher.errors import Unreachable
 from dispatcher.errors import DispatcherError, Unreachable
 from dispatcher.judging import ASKED
 from dispatcher.states import CancelKind

@@ -385,7 +385,7 @@ def test_a_connection_without_a_transaction_is_refused(bench: Bench) -> None:
 def test_a_restored_copy_gets_another_name_and_nothing_open_by_what_operations_md_says(
     make_bench: MakeBench,
 ) -> None:
-    bench = make_bench(job(), limits={"max_concurrent": 2})
+    bench = make_bench(job(), limits={"max_running": 2})
     ended = bench.enqueue([1])
     bench.finish(ended)
     bench.enqueue([1])

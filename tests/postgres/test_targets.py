@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from threading import Barrier, Thread
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from workbench import HERE, Bench, job
 
 from dispatcher import queries
 from dispatcher.store import Store
+from dispatcher.store.base import Conflict
 from dispatcher.testing import Ending, Fault
 
 MakeBench = Callable[..., Bench]
@@ -266,3 +270,83 @@ def test_many_batches_of_a_job_at_its_limit_hide_no_other_job(make_bench: MakeBe
         bench.engine.plan(batch)
     bench.engine.launch(HERE)
     assert late.refresh().counts == {"running": 1}
+
+
+# --- rows that are held, machines, other backends -------------------------------------------------
+
+
+@contextmanager
+def holding(bench: Bench, name: str) -> Iterator[None]:
+    """Another session keeps a target's row, as a process does that was stopped in a launch."""
+    with bench.database.begin() as tx:
+        tx.execute(
+            sa.text("SELECT 1 FROM dispatcher.target WHERE name = :name FOR UPDATE"), {"name": name}
+        )
+        yield
+
+
+def test_a_lease_does_not_wait_for_a_row_that_another_session_keeps(bench: Bench) -> None:
+    lease(bench.store)
+    began = time.monotonic()
+    with holding(bench, "there"), pytest.raises(Conflict, match="lock timeout"):
+        lease(bench.store)
+    assert time.monotonic() - began < 5
+    assert lease(bench.store) is None
+
+
+def test_one_row_that_is_kept_does_not_keep_the_other_leases_from_being_given_back(
+    bench: Bench,
+) -> None:
+    for name in ("before", "kept", "then"):
+        assert lease(bench.store, name=name) is None
+    bench.store.beat(host="h", pid=1, version="1", problems={})
+    with holding(bench, "kept"), pytest.raises(Conflict):
+        bench.store.release()
+    theirs = bench.worker("worker-2").store
+    assert [lease(theirs, name=name) for name in ("before", "kept", "then")] == [
+        None,
+        "target kept is led by worker-1",
+        None,
+    ]
+    assert not queries.workers(bench.store)[0].alive
+
+
+def test_a_machine_is_known_by_its_id_and_not_by_its_name(bench: Bench) -> None:
+    mine, theirs = bench.store, bench.worker("worker-2").store
+    assert lease(mine, {"host": "a", "machine": "1"}) is None
+    bench.advance(600)
+    assert lease(theirs, {"host": "a", "machine": "2"}) == (
+        "target there can be served only on host a of machine 1, and this is 2"
+    )
+    assert lease(theirs, {"host": "b", "machine": "2"}) == (
+        "target there can be served only on host a"
+    )
+    assert lease(theirs, {"host": "renamed", "machine": "1"}) is None
+    bench.advance(600)
+    assert lease(mine, {"host": "renamed"}) is None, "without an id the name must do"
+
+
+def test_a_target_that_is_given_another_backend_leaves_its_home_when_nothing_runs_there(
+    bench: Bench,
+) -> None:
+    bench.script(Ending(seconds=100))
+    batch = bench.enqueue([1, 2])
+    bench.turn()
+    theirs = bench.worker("worker-2").store
+    bench.sql(
+        """UPDATE dispatcher.target SET home = '{"host": "a"}', backend = 'local',
+        lease_until = NULL, lease_owner = NULL"""
+    )
+    assert bench.lease(theirs) == (
+        "target here still has 2 executions of backend local on host a: "
+        "serve it there with that backend until they ended"
+    )
+    bench.sql("UPDATE dispatcher.target SET home = NULL, backend = 'null'")
+    assert bench.lease(bench.store, LEASE) is None
+    bench.finish(batch)
+    bench.sql(
+        """UPDATE dispatcher.target SET home = '{"host": "a"}', backend = 'local',
+        lease_until = NULL, lease_owner = NULL"""
+    )
+    assert bench.lease(theirs) is None
+    assert row(bench, "backend, home", HERE) == ("null", None)

@@ -101,3 +101,20 @@ def test_a_right_schedule_is_read(tmp_path: Path) -> None:
     path = tmp_path / "jobs.yaml"
     path.write_text(CONFIG % "{cron: 0 6 * * *, timezone: Asia/Tokyo, job: export}")
     assert load_config(str(path)).schedules["nightly"].timezone == "Asia/Tokyo"
+
+
+@pytest.mark.parametrize(("catch_up", "fired"), [("last", 1), ("all", 3)])
+def test_of_more_missed_times_than_are_worked_through_at_once_only_the_newest_are_fired(
+    catch_up: str, fired: int
+) -> None:
+    """They come in four blocks, and only the last one holds the newest."""
+    every = schedule("*/2 * * * *", catch_up=catch_up, catch_up_limit=3)
+    last, now = at("2026-09-01"), at("2026-10-13T00:01:30")
+    blocks = []
+    while found := firings(every, last, now):
+        blocks.append(found)
+        last = found[-1].due_at
+    kept = [[f.due_at for f in block if f.skipped is None] for block in blocks]
+    assert [len(block) for block in kept] == [0, 0, 0, fired]
+    assert kept[-1][-1] == at("2026-10-13")
+    assert sum(map(len, blocks)) == 42 * 24 * 30, "and every one of them is recorded"
