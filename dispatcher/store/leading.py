@@ -100,7 +100,7 @@ class LeadStore(BaseStore):
                 if live:
                     return (
                         f"target {target} still has {live} executions of backend {before} on host "
-                        f"{theirs.get('host')}: serve it there with that backend until they ended"
+                        f"{theirs.get('host')}: serve it there with that backend until they end"
                     )
             elif theirs is not None and not _is_same_machine(theirs, home):
                 return f"target {target} can be served only on {_name_machine(theirs, home)}"
