@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Final
 
 from pydantic_core import from_json, to_json
@@ -36,9 +36,6 @@ MAX_BALANCED_ITEMS: Final = 100_000
 
 MAX_BALANCED_BYTES: Final = 64 << 20
 """And so is their text in all."""
-
-AT_A_TIME: Final = 100
-"""Items that are looked at together."""
 
 MAX_WEIGHT: Final = 10**18
 """The largest weight of an item; sums of such weights stay exact enough and finite."""
@@ -153,15 +150,13 @@ def _even(total: int, parts: int) -> list[int]:
 
 
 def _slices(items: Iterable[str], size: int, max_payload_bytes: int) -> Iterator[PlannedChunk]:
-    stream = iter(items)
     texts: list[str] = []
     index = 0
     characters = 0
-    # Some at a time, which is much quicker than one by one; and a chunk that is far too large is
-    # refused before it fills the memory.
-    while some := list(islice(stream, min(size - len(texts), AT_A_TIME))):
-        texts += some
-        characters += sum(map(len, some))
+    for text in items:
+        texts.append(text)
+        characters += len(text)
+        # A chunk that is far too large is refused before it fills the memory.
         if len(texts) == size or characters > max_payload_bytes:
             yield _chunk(index, texts, max_payload_bytes)
             index += 1

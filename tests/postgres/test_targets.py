@@ -339,7 +339,7 @@ def test_a_target_that_is_given_another_backend_leaves_its_home_when_nothing_run
     )
     assert bench.lease(theirs) == (
         "target here still has 2 executions of backend local on host a: "
-        "serve it there with that backend until they ended"
+        "serve it there with that backend until they end"
     )
     bench.sql("UPDATE dispatcher.target SET home = NULL, backend = 'null'")
     assert bench.lease(bench.store, LEASE) is None
