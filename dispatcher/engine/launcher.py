@@ -39,6 +39,7 @@ from dispatcher.store import Conflict, Store, again
 from dispatcher.store.rows import (
     ExecutionRow,
     Intent,
+    TargetRow,
     WaitingBatch,
 )
 
@@ -106,21 +107,11 @@ class Launcher:
             row = store.lock_target(tx, target.name)
             if row is None or (row.home is not None and row.home != place.home):
                 return []
-            if (row.resumes_in or 0.0) > 0.0:
-                return []
             # Another worker may have said so.
             place.down = place.down or row.down
             place.launches_fail = place.launches_fail or row.down_calls > 0
-            most_calls = 1 if row.down_calls else self._concurrency
             tokens = _tokens(target, row.tokens, row.tokens_age, row.pace)
-            if tokens is not None:
-                most_calls = min(most_calls, int(tokens))
-            slots, executions, postponed = store.held_by_target(tx, target.name)
-            if postponed:
-                return []  # what was asked for before comes first
-            free = UNLIMITED if target.max_running is None else target.max_running - slots
-            if target.max_executions is not None:
-                most_calls = min(most_calls, target.max_executions - executions)
+            free, most_calls = self._free(tx, target, row, tokens)
             if free <= 0 or most_calls <= 0:
                 return []
             waiting = store.waiting(tx, target.name)
@@ -153,6 +144,21 @@ class Launcher:
             if tokens is not None:
                 store.take_tokens(tx, target.name, tokens - len(calls))
         return [Call(ids[request.key], request, plan) for plan, request in calls]
+
+    def _free(
+        self, tx: sa.Connection, target: Target, row: TargetRow, tokens: float | None
+    ) -> tuple[int, int]:
+        """Say how many slots are free on a target, and how many launch calls may be made now."""
+        slots, executions, postponed = self._store.held_by_target(tx, target.name)
+        if (row.resumes_in or 0.0) > 0.0 or postponed:
+            return 0, 0  # it asked us to wait, and what was asked of it before comes first
+        calls = 1 if row.down_calls else self._concurrency
+        if tokens is not None:
+            calls = min(calls, int(tokens))
+        if target.max_executions is not None:
+            calls = min(calls, target.max_executions - executions)
+        free = UNLIMITED if target.max_running is None else target.max_running - slots
+        return free, calls
 
     def _count_due(
         self,

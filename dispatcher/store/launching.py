@@ -30,7 +30,8 @@ class LaunchStore(BaseStore):
             tx,
             """
             SELECT t.home, t.tokens, extract(epoch FROM now() - t.tokens_at)::float8, t.pace,
-                t.down_calls, t.down_since IS NOT NULL, extract(epoch FROM t.resume_at - now())::float8, i.instance
+                t.down_calls, t.down_since IS NOT NULL,
+                extract(epoch FROM t.resume_at - now())::float8, i.instance
             FROM dispatcher.target t CROSS JOIN dispatcher.installation i
             WHERE t.name = :name FOR UPDATE OF t
             """,
