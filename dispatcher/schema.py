@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CODE_VERSION",
+    "READ_ONLY",
     "REVISION",
     "SCHEMA",
     "check",
@@ -53,6 +54,9 @@ CODE_VERSION: Final = 1
 
 REVISION: Final = "0001"
 """The newest migration; they are numbered, so a database's is older or newer by its number."""
+
+READ_ONLY: Final = "25006"
+"""The error code of a write to a server that is a standby, or was made one."""
 
 OPEN_CHUNK: Final = tuple(s for s in ChunkState if s not in FINAL_CHUNK)
 
@@ -446,7 +450,7 @@ def create_engine(
     options = {"timezone": "UTC", "idle_in_transaction_session_timeout": "600000"}
     if worker:
         options |= {"idle_in_transaction_session_timeout": "20000", "lock_timeout": "10000"}
-    return sa.create_engine(
+    engine = sa.create_engine(
         url,
         pool_size=pool_size,
         max_overflow=pool_size,
@@ -463,6 +467,17 @@ def create_engine(
             "tcp_user_timeout": 20_000,
         },
     )
+    sa.event.listen(engine, "handle_error", _leave_a_demoted_server)
+    return engine
+
+
+def _leave_a_demoted_server(context: sa.engine.ExceptionContext) -> None:
+    """Take a server that lets nobody write for one that is gone.
+
+    After a failover the connections to it are sound, and nothing else would make us connect again.
+    """
+    if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+        context.is_disconnect = True
 
 
 _MIGRATING: Final = Lock()

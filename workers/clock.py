@@ -258,6 +258,9 @@ class Clock:
             lease=lease,
         )
         if problem is None:
+            if name not in self._leased_until:
+                # Whoever led it before may have told of an outage that nobody has taken back.
+                place.down = place.launches_fail = True
             self._leased_until[name] = until
             self._problems.pop(name, None)
         else:

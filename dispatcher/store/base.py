@@ -27,10 +27,7 @@ NO_RIGHT: Final = "42501"
 MET_ANOTHER: Final = frozenset({"40P01", "40001", "55P03"})
 """A deadlock, a serialization failure, a lock that was not to be had in time."""
 
-READ_ONLY: Final = "25006"
-"""What a server says that was demoted: our connections to it are of no more use."""
-
-GONE: Final = frozenset({READ_ONLY, "25P03", "57P01", "57P02", "57P03"})
+GONE: Final = frozenset({schema.READ_ONLY, "25P03", "57P01", "57P02", "57P03"})
 """The server lets nobody write or is going away, or it ended our connection; and class 08."""
 
 EXECUTION_COLUMNS: Final = """
@@ -108,9 +105,6 @@ class BaseStore:
             or code in GONE
             or code.startswith("08")
         ):
-            if code == READ_ONLY:
-                # The connections themselves are sound: nothing else would make us leave them.
-                self.engine.dispose()
             url = self.engine.url.render_as_string(hide_password=False)
             raise Unreachable(schema.unreachable(url, error)) from error
         raise error

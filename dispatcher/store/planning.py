@@ -184,8 +184,8 @@ class Planning:
                     for index, _, _, items in chunks:
                         copy.write_row((self.batch_id, index, items))
         except psycopg.Error as error:
-            # SQLAlchemy has not seen it: a dead connection must not go back to the pool.
-            if raw.closed:
+            # SQLAlchemy has not seen it: such a connection must not go back to the pool.
+            if raw.closed or error.sqlstate == schema.READ_ONLY:
                 self._tx.invalidate(error)
             raise
 

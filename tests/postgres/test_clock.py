@@ -112,6 +112,7 @@ class Works:
         self.engine.go_on.set()
         for clock in self.clocks:
             clock.stop(10)
+            clock._pool.shutdown(wait=True)
         self.engine.close()
         self.app.close()
         self.store.engine.dispose()
@@ -254,7 +255,7 @@ def test_workers_give_up_a_lock_and_an_idle_transaction_and_applications_keep_th
         assert tuple(works.app.store.run(tx, asked).one()) == ("0", "10min")
         raw = tx.connection.driver_connection
         assert raw is not None
-        given = raw.info.get_parameters()  # type: ignore[attr-defined]  # psycopg's own
+        given = raw.info.get_parameters()
     assert {k: v for k, v in given.items() if k.startswith(("keepalives_", "tcp_"))} == {
         "keepalives_idle": "10",
         "keepalives_interval": "5",
@@ -381,10 +382,10 @@ def test_item_sources_that_take_minutes_hold_up_neither_schedules_nor_deadlines(
 ) -> None:
     slow = [works.app.enqueue("work", [1]) for _ in range(2)]
     works.engine.slow = frozenset(batch.id for batch in slow)
-    works.schedules["nightly"] = every_minute("nightly")
     works.clock()
     eventually(lambda: works.engine.slow <= set(works.engine.began), "both plans to begin")
     missed(works, "nightly")
+    works.schedules["nightly"] = every_minute("nightly")
     late = works.app.enqueue("work", [1])
     works.sql("UPDATE dispatcher.batch SET deadline = now() WHERE id = :id", id=late.id)
     eventually(
@@ -434,7 +435,7 @@ def test_a_batch_that_cannot_be_ended_keeps_no_other_from_its_deadline(works: Wo
     works.sql("UPDATE dispatcher.batch SET deadline = now()")
     works.refuse("batch", "UPDATE", batches[0])
     works.engine.sweep()
-    assert states(batches) == ["planning", "cancelled"]
+    assert states(batches) == ["planning", "failed"]
 
 
 def test_a_batch_that_cannot_be_ended_keeps_no_other_from_its_end(works: Works) -> None:

@@ -10,7 +10,18 @@ from collections import Counter, defaultdict
 from typing import Any, Final
 
 from lifecycle import EDGES, NEVER, assert_invariants
-from simulation.story import HERE, JOBS, WORKERS, Advance, Continue, Step, Story, Strays, Turn
+from simulation.story import (
+    HERE,
+    JOBS,
+    WORKERS,
+    Advance,
+    Continue,
+    Enqueue,
+    Step,
+    Story,
+    Strays,
+    Turn,
+)
 
 from dispatcher.retrying import APPLICATION, INFRASTRUCTURE
 
@@ -187,7 +198,7 @@ class Truths:
     # --- at the end -------------------------------------------------------------------------------
 
     def comes_to_an_end(self) -> None:
-        """Once faults stop, every batch ends in bounded time; later, nothing is left anywhere."""
+        """Once faults stop, every batch ends in bounded time, and then nothing is left anywhere."""
         story = self._story
         story.calm_down()
         self._tick_until_over(90, "faults have stopped and healthy workers do their turns")
@@ -197,8 +208,12 @@ class Truths:
         self._take(Strays())
         self._tick_until_over(30, "the frozen have gone on")
         assert story.world.running() == 0, "something runs on and nobody follows it"
-        down = self._rows("SELECT name FROM dispatcher.target WHERE down_since IS NOT NULL")
-        assert not down, "the target answers, and is held for down"
+        self._take(Enqueue("single", 2))
+        self._tick_until_over(30, "a batch was asked for when all was well again")
+        (last,) = self._rows("SELECT state FROM dispatcher.batch WHERE id = %s", story.batches[-1])
+        assert last == ("succeeded",), "nothing was in its way"
+        down = self._rows("SELECT down_reason FROM dispatcher.target WHERE down_since IS NOT NULL")
+        assert not down, f"the target has answered a launch and is taken for down: {down}"
         with story.database.engine.connect() as connection:
             assert_invariants(connection)
 
