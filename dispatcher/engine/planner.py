@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 OURS: Final = "DISPATCHER_"
 """Variables that item sources do not get, as jobs do not: the database's password is in one."""
 
-PLAN_ROWS: Final = 2_000
+PLAN_ROWS: Final = 1_000
 PLAN_BYTES: Final = 4 << 20
 
 
