@@ -35,7 +35,7 @@ bench: $(READY) ## Measure
 	$(BIN)/python -m benchmarks
 
 up: $(READY) ## Run servers, worker, beat and Flower with the demo's jobs until ^C
-	$(BIN)/python -m dispatcher.standalone --jobs examples/export/jobs.yaml \
+	$(BIN)/dispatcher standalone --jobs examples/export/jobs.yaml \
 	    --database shop --prepare "python3 -m examples.export.make_shop"
 
 docs: $(READY) ## Write the generated parts of the documentation
