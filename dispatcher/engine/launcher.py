@@ -1,7 +1,7 @@
 """Launch, which must happen once for each key.
 
 1. `_intend` commits the execution with its key, its attempts and `call_by`;
-2. `call` calls the backend, once, before `call_by` by this process's own clock;
+2. `_call` calls the backend, once, before `call_by` by this process's own clock;
 3. `_record` writes the handle; or that nothing was started; or, if the answer leaves that open,
    that it is unknown. `look` finds out by the key, and only then may the call be repeated.
 """
