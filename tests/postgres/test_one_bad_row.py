@@ -7,8 +7,10 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from workbench import HERE, Bench, job
 
+from dispatcher import schema
 from dispatcher.backends.base import (
     Backend,
     Handle,
@@ -154,3 +156,34 @@ def test_a_launch_that_never_gets_a_clear_answer_is_given_up(make_bench: MakeBen
     assert batch.state == "failed"
     assert "5 launch calls got no clear answer and started nothing" in str(batch.reason)
     assert bench.world.calls["launch"] == 5
+
+
+def written_by(bench: Bench, code_version: int) -> None:
+    with bench.database.begin() as tx:
+        for table in (schema.batch, schema.execution):
+            tx.execute(sa.update(table).values(code_version=code_version))
+
+
+def test_what_newer_code_wrote_is_left_to_newer_workers(bench: Bench) -> None:
+    bench.script(seconds=5)
+    batch = bench.enqueue(range(2))
+    bench.turn()
+    written_by(bench, 99)
+    bench.advance(10_000)
+    bench.turn(3)
+    assert batch.refresh().counts == {"running": 2}, "neither settled nor timed out"
+    written_by(bench, 1)
+    assert bench.finish(batch).state == "succeeded"
+
+
+def test_a_round_holds_only_so_many_bytes_of_items(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench(job(options={"max_tasks": 10, "parallelism": 10}))
+    monkeypatch.setattr("dispatcher.engine.launcher.ROUND_BYTES", 350)
+    batch = bench.enqueue(["x" * 98] * 10)  # each chunk is 102 bytes of JSON
+    bench.plan()
+    bench.engine.launch(HERE)
+    assert [len(request.tasks) for request in bench.world.requests()] == [3]
+    assert bench.finish(batch).state == "succeeded"
+    assert [len(request.tasks) for request in bench.world.requests()] == [3, 3, 3, 1]
