@@ -45,7 +45,6 @@ class Watch:
 
     def __init__(self) -> None:
         self._known: dict[int, Watched] = {}
-        self._by_handle: dict[str, Watched] = {}
         self._history: defaultdict[str | None, History] = defaultdict(History)
         self._not_before = 0.0
 
@@ -67,7 +66,7 @@ class Watch:
             age = row.launched_age or 0.0
             job = row.job_name
             due = now + (0.0 if age > SHORTEST else interval(age, self._history[job].shortest()))
-            self._known[row.id] = self._by_handle[row.handle] = Watched(
+            self._known[row.id] = Watched(
                 row.id,
                 row.handle,
                 job,
@@ -81,9 +80,7 @@ class Watch:
 
     def forget(self, execution_id: int) -> None:
         """Drop an execution that has ended."""
-        gone = self._known.pop(execution_id, None)
-        if gone is not None:
-            self._by_handle.pop(gone.handle, None)
+        self._known.pop(execution_id, None)
 
     def ended(self, one: Watched, seconds: float | None) -> None:
         """Learn from an execution that has ended, and drop it.
@@ -148,10 +145,6 @@ class Watch:
     def pause(self, until: float) -> None:
         """Make no round before then: the budget of calls is used up."""
         self._not_before = until
-
-    def by_handle(self, handle: str) -> Watched | None:
-        """Find an execution by its handle."""
-        return self._by_handle.get(handle)
 
     def _shortest(self, one: Watched) -> float | None:
         return self._history[one.job].shortest()

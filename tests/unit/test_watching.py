@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dispatcher.polling import LONGEST, SHORTEST
 from dispatcher.store.rows import ExecutionRow
-from dispatcher.watching import FRESH, Watch
+from dispatcher.watching import FRESH, Watch, Watched
+
+
+def by_handle(watch: Watch, handle: str) -> Watched | None:
+    return next((one for one in watch._known.values() if one.handle == handle), None)
 
 
 def row(number: int, age: float = 0.0, **fields: object) -> ExecutionRow:
@@ -68,8 +72,8 @@ def test_nothing_is_asked_while_nothing_is_due() -> None:
 def test_what_has_gone_is_forgotten_and_what_is_new_is_named() -> None:
     watch = watching(row(1, age=50), row(2, age=50))
     assert watch.keep([2, 3, 4]) == [3, 4]
-    assert (len(watch), watch.by_handle("handle-1")) == (1, None)
-    two = watch.by_handle("handle-2")
+    assert (len(watch), by_handle(watch, "handle-1")) == (1, None)
+    two = by_handle(watch, "handle-2")
     assert two is not None
     assert two.id == 2
     watch.forget(77)
@@ -105,7 +109,7 @@ def test_what_ended_teaches_when_the_next_may_end() -> None:
     watch = Watch()
     for number in range(5):
         watch.add([row(number, age=500)], {}, 100)
-        one = watch.by_handle(f"handle-{number}")
+        one = by_handle(watch, f"handle-{number}")
         assert one is not None
         watch.ended(one, 40.0 if number else None)
     watch.add([row(8, age=500)], {}, 100)
@@ -113,7 +117,7 @@ def test_what_ended_teaches_when_the_next_may_end() -> None:
     watch.seen(page[0], 100)
     watch.ended(page[0], None)  # by the provider's times: unknown; it ran for 500 s when last seen
     watch.add([row(9)], {}, 100)
-    nine = watch.by_handle("handle-9")
+    nine = by_handle(watch, "handle-9")
     assert nine is not None
     assert nine.next_look == 110, "a quarter of 40 s, in which no execution of this job ended"
 
