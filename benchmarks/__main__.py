@@ -7,8 +7,11 @@ import os
 import platform
 from pathlib import Path
 
-from benchmarks.rows import ROWS
+from benchmarks.compute_api import api
+from benchmarks.rows import ROWS as CORE
 from benchmarks.stack import stack
+
+ROWS = {**CORE, "api": api}
 
 
 def machine() -> str:

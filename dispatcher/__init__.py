@@ -27,7 +27,15 @@ if TYPE_CHECKING:
         Unreachable,
         WaitTimeout,
     )
-    from dispatcher.job import Chunking, ItemSource, Job, Limits, RetryPolicy, SuccessPolicy
+    from dispatcher.job import (
+        Chunking,
+        ItemSource,
+        Job,
+        Limits,
+        Overrides,
+        RetryPolicy,
+        SuccessPolicy,
+    )
     from dispatcher.queries import Attempt, Chunk, Event, Output
     from dispatcher.schedule import Schedule
     from dispatcher.states import BatchState, ChunkState, ExecutionState, Outcome
@@ -54,6 +62,7 @@ __all__ = [
     "NotAllowed",
     "Outcome",
     "Output",
+    "Overrides",
     "RetryPolicy",
     "Schedule",
     "SchemaMismatch",
@@ -90,6 +99,7 @@ _HOMES = {
     "NotAllowed": "dispatcher.errors",
     "Outcome": "dispatcher.states",
     "Output": "dispatcher.queries",
+    "Overrides": "dispatcher.job",
     "RetryPolicy": "dispatcher.job",
     "Schedule": "dispatcher.schedule",
     "SchemaMismatch": "dispatcher.errors",

@@ -212,14 +212,17 @@ def _jobs(config: Config, rows: dict[str, TargetView]) -> Iterator[Finding]:
             continue
         try:
             options = backend.Options.model_validate(job.options)
-            problems = list(backend.check(options, job.command))
+            remarks = backend.check(job, options)
         except BackendError as error:
             text = f"target {job.target} cannot be asked: {error}"
             yield Finding(name, "fail", text, unreachable=True)
             continue
-        for problem in problems:
-            yield Finding(name, "fail", problem, f"mend the job in {config.source}")
-        if not problems:
+        for remark in remarks:
+            todo = remark.todo
+            if todo is None and remark.level != "ok":
+                todo = f"mend the job in {config.source}"
+            yield Finding(name, remark.level, remark.text, todo)
+        if all(remark.level == "ok" for remark in remarks):
             yield Finding(name, "ok", f"can run on target {job.target}")
 
 

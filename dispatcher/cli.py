@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Final, ParamSpec,
 
 import typer
 
+from dispatcher.emulators import command as emulators
 from dispatcher.errors import DispatcherError, InvalidInput, Unreachable
 
 if TYPE_CHECKING:
@@ -242,6 +243,37 @@ def enqueue(
         int | None,
         typer.Option(min=1, metavar="N", help="Items a chunk, over the job's own chunking."),
     ] = None,
+    arg: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TEXT",
+            help="An argument, in place of all of the job's, if its `overrides` let a batch bring "
+            "some; may be repeated. One that begins with a dash is written --arg=--name.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    env: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="A variable, over the job's, if its `overrides` name it; may be repeated.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="The longest that one task may run, such as 30m, up to what the job's "
+            "`overrides` say.",
+        ),
+    ] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Chunks to cut the items into, up to what the job's `overrides` say.",
+        ),
+    ] = None,
     label: Annotated[
         list[str], typer.Option(metavar="NAME=VALUE", help="A label; may be repeated.")
     ] = [],  # noqa: B006 - typer copies it
@@ -274,6 +306,10 @@ def enqueue(
         key=key,
         priority=priority,
         chunk_size=chunk_size,
+        arg=arg,
+        env=env,
+        timeout=timeout,
+        tasks=tasks,
         label=label,
         wait=wait,
         dry_run=dry_run,
@@ -476,6 +512,28 @@ def check(
     return commands.check(scope, worker=worker)
 
 
+@command(app, "apply")
+def apply(
+    scope: Scope,
+    job: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[JOB]...", help="Only of these jobs.", show_default=False),
+    ] = None,
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; exit with 1 if something differs.")
+    ] = False,
+) -> int:
+    """Create or update the definitions that jobs have for their provider.
+
+    The differences are shown first. Only what `options.definition` of a job sets is compared and
+    written. With --json: a list of {job, target, changes: [{path, old, new}], applied (its name at
+    the provider, or null)}; it asks all the same without --yes.
+    """
+    return commands.apply(scope, job or [], yes=yes, check_only=check)
+
+
 @command(app, "standalone")
 def standalone(
     scope: Scope,
@@ -566,6 +624,7 @@ def db_downgrade(
 
 
 app.add_typer(db)
+app.add_typer(emulators.register(command))
 
 
 def main() -> None:

@@ -131,6 +131,7 @@ class Dispatcher:
         chunk_size: int | None = None,
         connection: sa.Connection | None = None,
         labels: Mapping[str, str] | None = None,
+        overrides: Mapping[str, Any] | None = None,
     ) -> Batch:
         """Ask for a job to be run over items.
 
@@ -147,6 +148,10 @@ class Dispatcher:
                 exactly if the caller commits. It is written behind a savepoint, so that a call that
                 raises leaves nothing of it there.
             labels: Added to the job's.
+            overrides: What this batch sets over the job, within what the job's own `overrides`
+                allow: `args` (a list, in place of the job's), `env` (a mapping, over the job's),
+                `timeout` ("30m", seconds or a timedelta) and `tasks` (the number of chunks). The
+                values are taken as they are: braces in them are no templates.
 
         Returns:
             The batch, or the one that the key already has.
@@ -157,6 +162,8 @@ class Dispatcher:
             Unreachable: the database does not answer; nothing was written.
         """
         job = self._job(job, priority, chunk_size)
+        if chunk_size is not None and isinstance(overrides, Mapping) and overrides.get("tasks"):
+            raise InvalidInput("chunk_size and overrides.tasks are both given; leave one out")
         if connection is not None and not isinstance(connection, sa.Connection):
             raise InvalidInput(
                 f"connection is a {type(connection).__name__}; it must be a sqlalchemy.Connection: "
@@ -169,7 +176,13 @@ class Dispatcher:
             )
         store = self.store
         with BatchRequest(
-            job, items, params=params, key=key, labels=labels, actor=self.settings.actor
+            job,
+            items,
+            params=params,
+            key=key,
+            labels=labels,
+            actor=self.settings.actor,
+            overrides=overrides,
         ) as request:
             if connection is not None:
                 with connection.begin_nested():

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from pydantic_core import from_json
 
-from dispatcher import checking, explaining, logs, queries, rendering, schema
+from dispatcher import applying, checking, explaining, logs, queries, rendering, schema
 from dispatcher.backends.base import Backend, BackendError, Unavailable
 from dispatcher.backends.registry import make_backend
 from dispatcher.cli import Scope
@@ -35,6 +35,7 @@ from dispatcher.item_source import run_source
 from dispatcher.items import ItemStream, is_uri, open_items, stream_items
 from dispatcher.job import Chunking, Job
 from dispatcher.moments import read_moment
+from dispatcher.overriding import overridden
 from dispatcher.planning import pack, plan_chunks
 from dispatcher.problems import shown
 from dispatcher.queries import Attempt, BatchView, Chunk
@@ -45,6 +46,7 @@ from dispatcher.storage import read_items
 from dispatcher.store import Store
 
 __all__ = [
+    "apply",
     "audit",
     "batches",
     "cancel",
@@ -117,6 +119,10 @@ def enqueue(
     key: str | None,
     priority: int | None,
     chunk_size: int | None,
+    arg: Sequence[str],
+    env: Sequence[str],
+    timeout: str | None,
+    tasks: int | None,
     label: Sequence[str],
     wait: bool,
     dry_run: bool,
@@ -124,8 +130,16 @@ def enqueue(
     """Enqueue a batch, or only say how it would be cut."""
     if items is not None and item:
         raise InvalidInput("--items and --item are both given; use one of them")
+    if chunk_size is not None and tasks is not None:
+        raise InvalidInput("--chunk-size and --tasks are both given; use one of them")
+    overrides = {
+        "args": list(arg) or None,
+        "env": _pairs(env, "--env") or None,
+        "timeout": timeout,
+        "tasks": tasks,
+    }
     if dry_run:
-        changed = _changed(_config(scope), job, chunk_size)
+        changed = _changed(_config(scope), job, chunk_size, overrides)
         return _dry_run(scope, *changed, _pairs(param, "--param"), items, item)
     with _opened(scope) as (dispatcher, screen):
         params = _params(_pairs(param, "--param"), dispatcher.config.job(job))
@@ -137,6 +151,7 @@ def enqueue(
             priority=priority,
             chunk_size=chunk_size,
             labels=_pairs(label, "--label"),
+            overrides=overrides,
         )
         if wait:
             if not screen.as_json:
@@ -219,8 +234,10 @@ def _param(text: str, schema: Any) -> Any:
     return value if any(fits.get(name) for name in allowed) else text
 
 
-def _changed(config: Config, name: str, chunk_size: int | None) -> tuple[Config, Job]:
-    job = config.job(name)
+def _changed(
+    config: Config, name: str, chunk_size: int | None, overrides: Mapping[str, Any]
+) -> tuple[Config, Job]:
+    job, _ = overridden(config.job(name), overrides)
     if chunk_size is None:
         return config, job
     return config, job.model_copy(update={"chunk": Chunking(size=chunk_size)})
@@ -716,6 +733,36 @@ def check(scope: Scope, *, worker: bool) -> int:
     if screen.as_json:
         screen.document({"ok": code == 0, "checks": [asdict(finding) for finding in found]})
     return code
+
+
+def apply(scope: Scope, names: Sequence[str], *, yes: bool, check_only: bool) -> int:
+    """Show how definitions differ from what is at their providers, and write them."""
+    config = _config(scope)
+    screen = Screen(as_json=scope.as_json)
+    found = applying.compare(config, names)
+    changed = [defined for defined in found if defined.changes]
+    if not screen.as_json:
+        for line in rendering.definition_lines(found):
+            screen.line(line)
+        if not found:
+            screen.note(f"no job in {config.source} has a definition")
+    written = {}
+    if changed and not check_only:
+        if not yes:
+            names_of = ", ".join(defined.job.name for defined in changed)
+            _confirm(f"Write the definition of {names_of}?")
+        for defined in changed:
+            written[defined.job.name] = applying.write(defined)
+            if not screen.as_json:
+                screen.line(f"applied {written[defined.job.name]}")
+    if screen.as_json:
+        screen.document(
+            [
+                rendering.definition_document(defined, written.get(defined.job.name))
+                for defined in found
+            ]
+        )
+    return FAILED if changed and check_only else 0
 
 
 def db_upgrade(scope: Scope) -> int:

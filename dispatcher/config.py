@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
 )
 
+from dispatcher.backends.base import Backend
 from dispatcher.backends.registry import backend_class
 from dispatcher.errors import ConfigurationError, InvalidInput, UnknownJob
 from dispatcher.job import Count, Job, Name
@@ -51,6 +52,14 @@ class Target(BaseModel):
     max_executions: Count | None = None
     launches_per_minute: _Rate | None = None
     reads_per_minute: _Rate | None = None
+    """Calls that look up, list and report; over all workers."""
+
+    writes_per_minute: _Rate | None = None
+    """Calls that cancel and remove; launches are counted apart."""
+
+    logs_per_minute: _Rate | None = None
+    """Calls that read logs."""
+
     settings: InstanceOf[BaseModel]
     """An instance of the backend's `Settings`."""
 
@@ -103,7 +112,7 @@ def load_config(source: str) -> Config:
     targets = _each("targets", named, _read_target, problems)
 
     def read_job(name: str, raw: Any) -> Job:
-        return _read_job(name, raw, lambda target: _options_model(target, named))
+        return _read_job(name, raw, lambda target: _backend_of(target, named))
 
     jobs = dict(_named("jobs", read.values.get("jobs"), problems))
     found = _each("jobs", jobs, read_job, problems)
@@ -191,7 +200,9 @@ def _read_target(name: str, raw: Any) -> Target:
     settings: BaseModel = _Unread()
     if isinstance(own.get("backend"), str):
         try:
-            model = backend_class(own["backend"]).Settings
+            backend = backend_class(own["backend"])
+            model = backend.Settings
+            own = {**backend.DEFAULTS, **own}
             settings = model.model_validate(rest)
         except ConfigurationError as error:
             problems.append(Problem(("backend",), f"cannot be used: {error}"))
@@ -227,10 +238,10 @@ def _of_key(problem: Problem) -> Problem:
 # --- jobs -----------------------------------------------------------------------------------------
 
 
-def _options_model(target: str, named: Mapping[str, Any]) -> type[BaseModel] | None:
-    """Find what a job's `options` must be at this target; None if the target's backend is wrong.
+def _backend_of(target: str, named: Mapping[str, Any]) -> type[Backend] | None:
+    """Find the kind of backend that a target has; None if that is wrong itself.
 
-    The target itself may be wrong elsewhere: the options are checked all the same.
+    The target may be wrong elsewhere: the job is checked all the same.
 
     Raises:
         Problems: there is no such target.
@@ -241,22 +252,23 @@ def _options_model(target: str, named: Mapping[str, Any]) -> type[BaseModel] | N
     raw = named[target]
     backend = raw.get("backend") if isinstance(raw, Mapping) else getattr(raw, "backend", None)
     try:
-        return backend_class(backend).Options if isinstance(backend, str) else None
+        return backend_class(backend) if isinstance(backend, str) else None
     except ConfigurationError:  # told where the target is read
         return None
 
 
-def _read_job(name: str, raw: Any, options_of: Callable[[str], type[BaseModel] | None]) -> Job:
+def _read_job(name: str, raw: Any, backend_of: Callable[[str], type[Backend] | None]) -> Job:
     if isinstance(raw, Job):
         if raw.name != name:
             raise Problems([_other_name(raw.name, name)])
-        problems = _place_problems(raw.target, raw.options, options_of)
+        problems = _place_problems(raw.target, raw.options, raw.command, backend_of)
         if problems:
             raise Problems(problems)
         return raw
     values, problems = _without_name(name, raw, "job's target and command")
     # The place too, even if the job is wrong elsewhere: all at once.
-    problems += _place_problems(values.get("target"), values.get("options", {}), options_of)
+    options, command = values.get("options", {}), values.get("command", ())
+    problems += _place_problems(values.get("target"), options, command, backend_of)
     try:
         job = Job.model_validate({**values, "name": name})
     except ValidationError as error:
@@ -267,22 +279,33 @@ def _read_job(name: str, raw: Any, options_of: Callable[[str], type[BaseModel] |
 
 
 def _place_problems(
-    target: Any, options: Any, options_of: Callable[[str], type[BaseModel] | None]
+    target: Any,
+    options: Any,
+    command: Any,
+    backend_of: Callable[[str], type[Backend] | None],
 ) -> list[Problem]:
-    """Say what keeps these options from running at this target; wrong types are the job's own."""
-    if not isinstance(target, str) or not target or not isinstance(options, Mapping):
+    """Say what keeps a job from running at this target; wrong types are the job's own."""
+    if not isinstance(target, str) or not target:
         return []
     try:
-        model = options_of(target)
+        backend = backend_of(target)
     except Problems as error:
         return list(error.problems)
-    if model is None:
+    if backend is None:
         return []
-    try:
-        model.model_validate(options)
-    except ValidationError as error:
-        return [problem.under("options") for problem in problems_of(error, model)]
-    return []
+    problems = []
+    if backend.COMMAND == "required" and command == ():
+        problems.append(Problem(("command",), "is missing; it must say the program to run"))
+    if backend.COMMAND == "refused" and command:
+        text = f"is {shown(command)}; target {target!r} cannot set the program of an execution: "
+        problems.append(Problem(("command",), text + "put it into the definition, and args here"))
+    if isinstance(options, Mapping):
+        try:
+            backend.Options.model_validate(options)
+        except ValidationError as error:
+            found = problems_of(error, backend.Options)
+            problems += [problem.under("options") for problem in found]
+    return problems
 
 
 # --- schedules ------------------------------------------------------------------------------------

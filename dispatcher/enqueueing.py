@@ -16,6 +16,8 @@ import sqlalchemy as sa
 from dispatcher.errors import IdempotencyConflict, InvalidInput, InvalidItems, NotAllowed
 from dispatcher.items import ItemsDigest, ItemStream, Page, is_uri, open_items, pages
 from dispatcher.job import Job
+from dispatcher.overriding import overridden
+from dispatcher.redaction import redact
 from dispatcher.storage import check_uri
 from dispatcher.store import Store, new_batch_id
 from dispatcher.store.rows import NewBatch
@@ -37,6 +39,7 @@ class BatchRequest:
         key: Idempotency key.
         labels: Added to the job's.
         actor: Who asks.
+        overrides: What the batch sets over the job, within what the job allows.
 
     Raises:
         InvalidInput: with the class that says what is wrong.
@@ -51,8 +54,12 @@ class BatchRequest:
         key: str | None,
         labels: Mapping[str, str] | None,
         actor: str,
+        overrides: Mapping[str, Any] | None = None,
     ) -> None:
         _check_key(key)
+        # As the job has it: of an override only what was asked for is compared, and not its result.
+        chunk = job.chunk.model_dump(mode="json", exclude_none=True)
+        job, given = overridden(job, overrides)
         checked = job.check_params(params)
         merged = _check_labels({**job.labels, **(labels or {})})
         source, self._stream = _items_from(job, items)
@@ -60,14 +67,16 @@ class BatchRequest:
             "job": job.name,
             "items": source,
             "params": checked,
-            "chunk": job.chunk.model_dump(mode="json", exclude_none=True),
+            "chunk": chunk,
+            **{f"overrides.{name}": value for name, value in given.items()},
         }
         self._new = NewBatch(
             id=new_batch_id(),
             key=key,
             request="{}",
             job_name=job.name,
-            job=job.model_dump_json(exclude_defaults=True),
+            # What was allowed has been used: what is kept is what runs.
+            job=job.model_dump_json(exclude_defaults=True, exclude={"overrides"}),
             target=job.target,
             params=json.dumps(checked),
             labels=json.dumps(merged),
@@ -138,9 +147,9 @@ def _match(store: Store, tx: sa.Connection, key: str, asked: dict[str, Any]) -> 
         raise NotAllowed(f'the batch of key "{key}" was removed at this moment; try again')
     batch_id, theirs = found
     differing = [
-        f"{name} there is {_shown(theirs.get(name))}, here {_shown(mine)}"
-        for name, mine in asked.items()
-        if mine != theirs.get(name)
+        f"{name} there is {_shown(theirs.get(name))}, here {_shown(asked.get(name))}"
+        for name in {**asked, **theirs}
+        if asked.get(name) != theirs.get(name)
     ]
     if differing:
         raise IdempotencyConflict(
@@ -185,5 +194,7 @@ def _check_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def _shown(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return "not given"
+    text = value if isinstance(value, str) else json.dumps(redact(value), ensure_ascii=False)
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

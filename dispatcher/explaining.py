@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from dispatcher import queries
+from dispatcher import budget, queries
 from dispatcher.errors import InvalidInput
 from dispatcher.job import Job
 from dispatcher.moments import ago, ahead, iso, span
@@ -336,12 +336,21 @@ def _moving(case: _Case, live: Mapping[str, Live]) -> Iterator[Point]:
     if running is not None:
         since = running.started_at or now
         oldest = f", the oldest (chunk {running.chunk_index}) since {ago(since, now)}"
+        waiting = running.tasks - running.at_once
+        turns = (
+            f" At most {running.at_once} of them run at the same time, as `parallelism` says in "
+            f"the job's options or its definition at the provider; the other {waiting} wait there "
+            "for their turn, and no start deadline is held against them."
+            if waiting
+            else ""
+        )
         yield Point(
             "running",
             f"{_chunks(running.tasks)} run{'s' if running.tasks == 1 else ''} in "
-            f"{_executions(running.executions)}{oldest}.",
+            f"{_executions(running.executions)}{oldest}.{turns}",
             {
                 "tasks": running.tasks,
+                "at_once": running.at_once,
                 "executions": running.executions,
                 "oldest_chunk": running.chunk_index,
                 "oldest_since": since,
@@ -457,6 +466,8 @@ def _running_chunk(case: _Case, chunk: Chunk, one: Live, who: str) -> Point:
     text = f"{who} runs since {ago(since, now)} as {one.handle} on target {case.batch.target}"
     if one.tasks > 1:
         text += f", an execution with {one.tasks} open tasks"
+        if one.at_once < one.tasks:
+            text += f" of which {one.at_once} run at the same time: it may still wait for its turn"
     if case.job is not None:
         facts["timeout"] = case.job.timeout
         text += f"; a task is stopped after {span(case.job.timeout)}"
@@ -621,14 +632,14 @@ def _blockers(case: _Case) -> Iterator[Point]:
 
 def _empty_bucket(case: _Case, target: TargetView) -> Iterator[Point]:
     per_minute = case.limit("launches_per_minute")
-    if per_minute is None or target.tokens is None or target.tokens_age is None:
+    if per_minute is None:
         return
-    rate = per_minute * target.pace / 60.0
-    left = target.tokens + rate * target.tokens_age
-    if left >= 1.0:
+    wait = budget.seconds_until(target.launch_bucket, per_minute, 1.0)
+    if wait <= 0.0:
         return
-    next_call = case.now + timedelta(seconds=(1.0 - left) / rate)
-    slowed = "" if target.pace >= 1.0 else f", slowed to {target.pace:.0%} after throttling"
+    next_call = case.now + timedelta(seconds=wait)
+    pace = budget.pace(target.launch_bucket)
+    slowed = "" if pace >= 1.0 else f", slowed to {pace:.0%} after throttling"
     yield Point(
         "launch_rate",
         f"target {target.name} may be called {per_minute:g} times a minute "
@@ -636,7 +647,7 @@ def _empty_bucket(case: _Case, target: TargetView) -> Iterator[Point]:
         {
             "target": target.name,
             "launches_per_minute": per_minute,
-            "pace": target.pace,
+            "pace": pace,
             "next_call": next_call,
         },
     )

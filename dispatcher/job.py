@@ -34,13 +34,17 @@ from dispatcher.templating import RULES, check_template, is_plain, params_used
 
 __all__ = [
     "Chunking",
+    "Count",
     "Duration",
+    "EnvName",
     "ItemSource",
     "Job",
     "Limits",
     "Name",
+    "Overrides",
     "RetryPolicy",
     "SuccessPolicy",
+    "Text",
     "format_duration",
     "parse_duration",
 ]
@@ -219,6 +223,25 @@ class SuccessPolicy(_Value):
     max_failed_chunks: Annotated[int, Strict(), Field(ge=0)] = 0
 
 
+class Overrides(_Value):
+    """What a batch may set over its job by `enqueue(..., overrides={...})`; nothing unless said.
+
+    It is the fence around what callers of an application can reach: `overriding.py` keeps it.
+    """
+
+    args: Annotated[bool, Strict()] = False
+    """Whether a batch may bring its own arguments, in place of all of `args`."""
+
+    env: tuple[EnvName, ...] = ()
+    """The variables that a batch may set, over those of `env`."""
+
+    timeout: Duration | None = None
+    """The longest `timeout` that a batch may ask for; none: it may not ask."""
+
+    tasks: Count | None = None
+    """The most chunks that a batch may ask to be cut into; none: it may not ask."""
+
+
 _Texts = TypeVar("_Texts", tuple[str, ...], dict[str, str])
 
 
@@ -232,8 +255,9 @@ class Job(_Value):
     target: Annotated[str, Field(min_length=1)]
     description: Text | None = None
 
-    command: Annotated[tuple[Text, ...], AfterValidator(_check_command)]
-    """The program and its fixed arguments; not a template."""
+    command: Annotated[tuple[Text, ...], AfterValidator(_check_command)] = ()
+    """The program and its fixed arguments; not a template. Some targets need it, and others have it
+    in a definition of their own: `config.py` checks that."""
 
     # Before `args` and `env`, whose check reads it.
     params: Annotated[JsonObject, AfterValidator(check_schema)] | None = None
@@ -261,6 +285,7 @@ class Job(_Value):
     """The longest that a batch may take; then what is left of it fails."""
 
     success: SuccessPolicy = SuccessPolicy()
+    overrides: Overrides = Overrides()
     options: JsonObject = Field(default={})
     """What the target's backend is told beside; `config.py` checks it against its `Options`."""
 

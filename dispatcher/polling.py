@@ -42,11 +42,16 @@ class History:
         return min(self._seconds) if len(self._seconds) >= 5 else None  # noqa: PLR2004 - a sample
 
 
-def interval(age: float, shortest: float | None) -> float:
-    """Say in how many seconds to look again at an execution launched `age` seconds ago."""
+def interval(age: float, shortest: float | None, least: float = SHORTEST) -> float:
+    """Say in how many seconds to look again at an execution launched `age` seconds ago.
+
+    `least` is the target's own bound, in seconds.
+    """
     if shortest is not None and age < CERTAIN * shortest:
-        return min(LONGEST, max(SHORTEST, min(CERTAIN * shortest - age, SURPRISE * shortest)))
-    return min(LONGEST, max(SHORTEST, PART_OF_AGE * age))
+        soon = min(CERTAIN * shortest - age, SURPRISE * shortest)
+    else:
+        soon = PART_OF_AGE * age
+    return min(max(LONGEST, least), max(SHORTEST, least, soon))
 
 
 def page_interval(pages: int, reads_per_minute: float | None) -> float:

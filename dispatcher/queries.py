@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
 
+from dispatcher.budget import Bucket
 from dispatcher.errors import UnknownBatch
 from dispatcher.redaction import redact
 from dispatcher.states import BatchState, ChunkState, Outcome
@@ -450,13 +451,11 @@ class TargetView(NamedTuple):
     lease_owner: str | None
     lease_until: datetime | None
     leased: bool
-    tokens: float | None
-    tokens_age: float | None
-    pace: float
     down_since: datetime | None
     down_reason: str | None
     down_calls: int
     resume_at: datetime | None
+    launch_bucket: Bucket
 
 
 class Standing(NamedTuple):
@@ -495,6 +494,9 @@ class Live(NamedTuple):
 
     executions: int
     tasks: int
+    at_once: int
+    """Of these tasks, those that their executions can run at the same time."""
+
     id: int
     key: str
     state: str
@@ -567,14 +569,22 @@ def targets(store: Store) -> dict[str, TargetView]:
         rows = store.run(
             tx,
             """
-            SELECT name, backend, limits, home, lease_owner, lease_until,
-                coalesce(lease_owner IS NOT NULL AND lease_until > now(), false), tokens,
-                extract(epoch FROM now() - tokens_at)::float8, pace, down_since, down_reason,
-                down_calls, resume_at
-            FROM dispatcher.target ORDER BY name
+            SELECT t.name, t.backend, t.limits, t.home, t.lease_owner, t.lease_until,
+                coalesce(t.lease_owner IS NOT NULL AND t.lease_until > now(), false),
+                t.down_since, t.down_reason, t.down_calls, t.resume_at,
+                b.tokens, coalesce(extract(epoch FROM now() - b.taken_at), 0)::float8,
+                coalesce(b.pace, 1),
+                coalesce(extract(epoch FROM now() - b.slowed_at), 0)::float8
+            FROM dispatcher.target t
+            LEFT JOIN dispatcher.bucket b ON b.target = t.name AND b.kind = 'launch'
+            ORDER BY t.name
             """,
         )
-        return {row[0]: TargetView(*row) for row in rows}
+        found = {}
+        for row in rows:
+            view, bucket = tuple(row[:-4]), tuple(row[-4:])
+            found[row[0]] = TargetView._make((*view, Bucket(*bucket)))
+        return found
 
 
 def standing(store: Store, batch_id: str) -> Standing:
@@ -638,6 +648,7 @@ def live(store: Store, batch_id: str, execution_id: int | None = None) -> dict[s
             SELECT DISTINCT ON (w.what) w.what,
                 (count(*) OVER (PARTITION BY w.what))::int,
                 (sum(e.open_tasks) OVER (PARTITION BY w.what))::int,
+                (sum(least(e.open_tasks, e.parallelism)) OVER (PARTITION BY w.what))::int,
                 e.id, e.key, e.state, e.handle, e.worker, e.reason, e.calls, e.looks, e.intent_at,
                 e.call_by, e.next_call_at, e.next_look_at, e.launched_at, e.start_deadline,
                 e.started_at, e.deadline, e.absent_since, e.cancel_requested_at, e.cancel_kind,

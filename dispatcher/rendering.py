@@ -27,6 +27,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from dispatcher.applying import Defined
 from dispatcher.job import Job
 from dispatcher.moments import ago, clock, iso, span
 from dispatcher.queries import Attempt, AuditLine, BatchView, Chunk
@@ -44,6 +45,8 @@ __all__ = [
     "batch_document",
     "batch_row",
     "chunk_document",
+    "definition_document",
+    "definition_lines",
     "exit_code_of",
     "header",
     "is_bad",
@@ -457,6 +460,35 @@ def job_row(job: Job) -> tuple[str, ...]:
         values["timeout"],
         job.description or "",
     )
+
+
+def definition_document(defined: Defined, applied: str | None) -> dict[str, Any]:
+    """Give the document of a definition: how it differs, and its name if it was written."""
+    return {
+        "job": defined.job.name,
+        "target": defined.job.target,
+        "changes": [
+            {"path": change.path, "old": change.old, "new": change.new}
+            for change in defined.changes
+        ],
+        "applied": applied,
+    }
+
+
+def definition_lines(found: Iterable[Defined]) -> Iterator[str]:
+    """Write how definitions differ from what is there."""
+    for defined in found:
+        name = f"job {defined.job.name} on target {defined.job.target}"
+        if not defined.changes:
+            yield f"{name}: nothing differs"
+            continue
+        yield f"{name}:"
+        for change in defined.changes:
+            yield f"  {change.path}: {_value(change.old)} → {_value(change.new)}"
+
+
+def _value(value: Any) -> str:
+    return "nothing" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 # --- words ----------------------------------------------------------------------------------------

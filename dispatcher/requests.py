@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from math import ceil
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel
 
-from dispatcher.backends.base import Backend, LaunchRequest, TaskInput
+from dispatcher.backends.base import Backend, Definition, LaunchRequest, TaskInput
+from dispatcher.documents import DOCUMENT_BYTES, LINE_BYTES
+from dispatcher.errors import InvalidInput
 from dispatcher.job import Job
 from dispatcher.redaction import excerpt, redact_env
-from dispatcher.templating import Values, render, uses_chunk
+from dispatcher.templating import Values, render, uses_chunk, uses_pack
 
-__all__ = ["Plan", "audit_copy", "check_chunk", "launch_request", "new_key"]
+__all__ = ["Plan", "audit_copy", "check_chunk", "join_arrays", "launch_request", "new_key"]
 
 Entry = TypeVar("Entry")
 
@@ -45,6 +47,15 @@ class Plan:
     parallelism: int
     """Tasks of one execution that run at once, at most."""
 
+    wrapped: bool = False
+    """Each task's args and env go into the input document, for the image's entry wrapper."""
+
+    packed_bytes: int | None = None
+    """Bytes of items that one execution may carry, over all its tasks; None: no bound."""
+
+    definition_key: str = ""
+    """The same for all plans whose options are the same, and with them what they name."""
+
     @classmethod
     def read(
         cls,
@@ -60,15 +71,45 @@ class Plan:
             pydantic.ValidationError: the job's options do not fit the backend.
         """
         options = backend.Options.model_validate(job.options)
-        most = min(backend.limits.max_tasks, getattr(options, "max_tasks", None) or 1)
-        if not backend.limits.per_task_env and any(map(uses_chunk, (*job.args, *job.env.values()))):
+        limits, texts = backend.limits, (*job.args, *job.env.values())
+        most = min(limits.max_tasks, getattr(options, "max_tasks", None) or 1)
+        by_chunk = not limits.per_task_env and any(map(uses_chunk, texts))
+        wrapped = by_chunk and bool(getattr(options, "wrapped", False))
+        if by_chunk and not wrapped:
             most = 1
         parallelism = min(most, getattr(options, "parallelism", None) or most)
-        return cls(batch_id, job, params, labels, options, most, parallelism)
+        room = None if limits.per_task_env else DOCUMENT_BYTES
+        if any(map(uses_pack, texts)):
+            room = min(limits.inline_bytes, limits.max_text_bytes)
+        return cls(
+            batch_id,
+            job,
+            params,
+            labels,
+            options,
+            most,
+            parallelism,
+            wrapped,
+            room,
+            options.model_dump_json(),
+        )
 
-    def times(self, tasks: int) -> tuple[timedelta, timedelta]:
+    def under(self, definition: Definition) -> Plan:
+        """Keep to what the provider's definition fixes."""
+        enforced = definition.parallelism
+        if enforced is None or enforced >= self.parallelism:
+            return self
+        return replace(self, parallelism=enforced)
+
+    def pack_tasks(self, largest_chunk: int | None) -> int:
+        """Say how many chunks go into one execution, given the bytes of the batch's largest."""
+        if self.packed_bytes is None or not largest_chunk:
+            return self.max_tasks
+        return max(1, min(self.max_tasks, self.packed_bytes // (largest_chunk + LINE_BYTES)))
+
+    def times(self, tasks: int, parallelism: int) -> tuple[timedelta, timedelta]:
         """Say how long an execution may take to start, and from there to end."""
-        return self.job.start_timeout, self.job.timeout * ceil(tasks / self.parallelism) + SLACK
+        return self.job.start_timeout, self.job.timeout * ceil(tasks / parallelism) + SLACK
 
 
 SLACK: Final = timedelta(seconds=30)
@@ -86,9 +127,20 @@ def launch_request(
     instance: str,
     chunks: Sequence[tuple[int, int]],
     items: Mapping[int, str],
+    *,
+    intended_at: datetime,
+    parallelism: int | None = None,
 ) -> LaunchRequest:
-    """Write the request of an execution over chunks, given as (index, attempt number)."""
+    """Write the request of an execution over chunks, given as (index, attempt number).
+
+    `parallelism` is that of its row, where there is one already: what the provider's definition
+    says now may have changed since.
+    """
     tasks = []
+    texts = (*plan.job.args, *plan.job.env.values())
+    packed = None
+    if any(map(uses_pack, texts)):
+        packed = join_arrays(items[index] for index, _ in chunks)
     for place, (index, number) in enumerate(chunks):
         values = Values(
             items=items[index],
@@ -96,6 +148,7 @@ def launch_request(
             chunk_index=index,
             attempt=number,
             batch_id=plan.batch_id,
+            pack=packed,
         )
         tasks.append(
             TaskInput(
@@ -116,21 +169,46 @@ def launch_request(
         tasks=tuple(tasks),
         options=plan.options,
         timeout=plan.job.timeout,
-        parallelism=min(plan.parallelism, len(tasks)),
+        parallelism=parallelism or min(plan.parallelism, len(tasks)),
+        intended_at=intended_at,
+        wrapped=plan.wrapped,
         labels=plan.labels,
     )
 
 
-def check_chunk(job: Job, batch_id: str, params: Mapping[str, Any], index: int, items: str) -> None:
+def join_arrays(arrays: Iterable[str]) -> str:
+    """Write one JSON array of what several hold, without parsing them."""
+    inner = (array.strip()[1:-1].strip() for array in arrays)
+    return f"[{','.join(text for text in inner if text)}]"
+
+
+def check_chunk(
+    job: Job,
+    batch_id: str,
+    params: Mapping[str, Any],
+    index: int,
+    items: str,
+    *,
+    max_text_bytes: int,
+) -> None:
     """Fill a chunk's templates once when it is planned, so that no launch can fail on them.
 
     Raises:
-        InvalidInput: an item or a param does not fit the template that it goes into.
+        InvalidInput: an item or a param does not fit the template that it goes into, or what it is
+            filled with is larger than the target can hand to a program.
     """
     values = Values(items=items, params=params, chunk_index=index, attempt=1, batch_id=batch_id)
-    for text in (*job.args, *job.env.values()):
+    places = [*((f"args.{i}", text) for i, text in enumerate(job.args))]
+    places += [(f"env.{name}", text) for name, text in job.env.items()]
+    for where, text in places:
         if "{" in text:
-            render(text, values)
+            size = len(render(text, values).encode(errors="surrogatepass"))
+            if size > max_text_bytes:
+                raise InvalidInput(
+                    f"chunk {index} makes the job's {where} {size} bytes long; target {job.target} "
+                    f"takes {max_text_bytes} at most: put fewer items in a chunk, or have the "
+                    "program read DISPATCH_ITEMS or DISPATCH_INPUT_URI"
+                )
 
 
 def audit_copy(request: LaunchRequest) -> str:

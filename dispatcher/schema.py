@@ -48,11 +48,11 @@ __all__ = [
 SCHEMA: Final = "dispatcher"
 """All tables live in a Postgres schema of their own, so that none meets an application's table."""
 
-CODE_VERSION: Final = 1
+CODE_VERSION: Final = 2
 """Raised when rows change their meaning. A worker of an older version than the database's
 `installation.oldest_code` refuses to start, and one leaves rows of a newer version alone."""
 
-REVISION: Final = "0001"
+REVISION: Final = "0002"
 """The newest migration; they are numbered, so a database's is older or newer by its number."""
 
 READ_ONLY: Final = "25006"
@@ -377,16 +377,31 @@ target = sa.Table(
     sa.Column("lease_owner", sa.Text),
     sa.Column("lease_token", sa.BigInteger, nullable=False, server_default=sa.text("0")),
     _time("lease_until"),
-    sa.Column("tokens", sa.Double, comment="left in the bucket of launch calls"),
-    _time("tokens_at"),
-    sa.Column(
-        "pace", sa.Double, nullable=False, server_default=sa.text("1"), comment="1 is the full rate"
-    ),
     _time("down_since"),
     sa.Column("down_reason", sa.Text),
     sa.Column("down_calls", sa.Integer, nullable=False, server_default=sa.text("0")),
     _time("resume_at"),
+)
+
+bucket = sa.Table(
+    "bucket",
+    metadata,
+    sa.Column("target", sa.Text, primary_key=True),
+    sa.Column("kind", sa.Text, primary_key=True, comment="of call"),
+    sa.Column("tokens", sa.Double, comment="left when one was last taken"),
+    _time("taken_at"),
+    sa.Column(
+        "pace",
+        sa.Double,
+        nullable=False,
+        server_default=sa.text("1"),
+        comment="the part of the full rate that it was slowed to",
+    ),
+    _time("slowed_at"),
+    sa.CheckConstraint("kind IN ('launch', 'logs', 'read', 'write')", name="kind"),
     sa.CheckConstraint("pace > 0 AND pace <= 1", name="pace"),
+    sa.CheckConstraint("(tokens IS NULL) = (taken_at IS NULL)", name="taken"),
+    comment="budgets of calls to a provider, taken from by all workers",
 )
 
 worker = sa.Table(

@@ -101,7 +101,10 @@ class Settings(BaseSettings):
     """Where Celery's messages go; None on a machine that only writes to the database."""
 
     storage_url: Annotated[str, AfterValidator(_check_storage_url)] | None = Field(None, repr=False)
-    """Where manifests and receipts lie."""
+    """Where input documents, results and claims lie; containers must reach it too."""
+
+    storage_keep: Duration = timedelta(days=14)
+    """How long they are kept; longer than any batch may take."""
 
     jobs: Annotated[str, Field(min_length=1)] | None = None
     """The targets and jobs: the path of a YAML file, or "module" or "module:attribute"."""

@@ -16,17 +16,30 @@ from typing import Any, Final
 
 from dispatcher.errors import InvalidInput
 
-__all__ = ["RULES", "Values", "check_template", "is_plain", "params_used", "render", "uses_chunk"]
+__all__ = [
+    "RULES",
+    "Values",
+    "check_template",
+    "is_plain",
+    "params_used",
+    "render",
+    "uses_chunk",
+    "uses_pack",
+]
 
 _PLAIN: Final = (
     "{items:csv}",
     "{items:json}",
     "{items:lines}",
+    "{pack:csv}",
+    "{pack:json}",
+    "{pack:lines}",
     "{chunk.index}",
     "{attempt}",
     "{batch.id}",
 )
-_CHUNK: Final = frozenset(_PLAIN) - {"{batch.id}"}
+_PACK: Final = frozenset({"{pack:csv}", "{pack:json}", "{pack:lines}"})
+_CHUNK: Final = frozenset(_PLAIN) - {"{batch.id}"} - _PACK
 _PARAM: Final = "{param:"
 
 RULES: Final = (
@@ -61,6 +74,17 @@ class Values:
     """The attempt's number, from 1."""
 
     batch_id: str
+    pack: str | None = None
+    """The items of all tasks of the execution, in their order, where a template asks for them."""
+
+    @cached_property
+    def parsed_pack(self) -> tuple[Any, ...]:
+        """The items of the execution as Python values.
+
+        Raises:
+            InvalidInput: the text is no JSON array.
+        """
+        return _parsed_array(self.items if self.pack is None else self.pack)
 
     @cached_property
     def parsed_items(self) -> tuple[Any, ...]:
@@ -69,13 +93,7 @@ class Values:
         Raises:
             InvalidInput: the text is no JSON array.
         """
-        try:
-            parsed = json.loads(self.items, parse_float=_Number)
-        except ValueError as error:
-            raise InvalidInput(f"the chunk's items are not JSON: {error}") from error
-        if not isinstance(parsed, list):
-            raise InvalidInput(f"the chunk's items must be a JSON array, not {_cut(self.items)}")
-        return tuple(parsed)
+        return _parsed_array(self.items)
 
 
 def check_template(text: str, *, param_names: frozenset[str] | None) -> None:
@@ -104,6 +122,15 @@ def uses_chunk(text: str) -> bool:
     return any(kind in _CHUNK for _, kind in _parsed(text))
 
 
+def uses_pack(text: str) -> bool:
+    """Whether the text holds the items of all tasks of its execution.
+
+    Raises:
+        InvalidInput: as `check_template`.
+    """
+    return any(kind in _PACK for _, kind in _parsed(text))
+
+
 def params_used(text: str) -> frozenset[str]:
     """Name the params that the text needs.
 
@@ -130,6 +157,16 @@ def is_plain(text: str) -> bool:
         return b"\x00" not in text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
         return False
+
+
+def _parsed_array(text: str) -> tuple[Any, ...]:
+    try:
+        parsed = json.loads(text, parse_float=_Number)
+    except ValueError as error:
+        raise InvalidInput(f"the chunk's items are not JSON: {error}") from error
+    if not isinstance(parsed, list):
+        raise InvalidInput(f"the chunk's items must be a JSON array, not {_cut(text)}")
+    return tuple(parsed)
 
 
 @lru_cache(maxsize=_CACHED)
@@ -167,18 +204,23 @@ def _known(names: frozenset[str]) -> str:
 
 
 def _filled(kind: str, values: Values) -> str:
-    if kind == "{items:csv}":
-        return _csv(_texts(values.parsed_items, kind))
-    if kind == "{items:lines}":
-        return "\n".join(_line(text) for text in _texts(values.parsed_items, kind))
+    if kind in {"{items:csv}", "{pack:csv}"}:
+        return _csv(_texts(_items(kind, values), kind))
+    if kind in {"{items:lines}", "{pack:lines}"}:
+        return "\n".join(_line(text) for text in _texts(_items(kind, values), kind))
     if kind.startswith(_PARAM):
         return _given(_param(kind), values.params)
     return {
         "{items:json}": values.items,
+        "{pack:json}": values.items if values.pack is None else values.pack,
         "{chunk.index}": str(values.chunk_index),
         "{attempt}": str(values.attempt),
         "{batch.id}": values.batch_id,
     }[kind]
+
+
+def _items(kind: str, values: Values) -> tuple[Any, ...]:
+    return values.parsed_pack if kind in _PACK else values.parsed_items
 
 
 def _given(name: str, params: Mapping[str, Any]) -> str:

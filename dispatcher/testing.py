@@ -21,24 +21,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, ClassVar, Final, TypeAlias
+from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from dispatcher.backends.base import (
+    UNMETERED,
     Backend,
     BackendLimits,
+    Definition,
     Handle,
     Launched,
     LaunchRequest,
+    Meter,
     Phase,
     Rejected,
+    Remark,
     Report,
     TaskInput,
     TaskReport,
     Unavailable,
 )
 from dispatcher.durations import Duration
+from dispatcher.job import Job
 from dispatcher.states import Outcome
 
 __all__ = [
@@ -118,6 +123,12 @@ class NullSettings(BaseModel):
     absent_grace: Duration = Field(
         default=timedelta(0), description="how long an execution is absent before it is lost"
     )
+    inline_bytes: int = Field(
+        default=64 * 1024 * 1024, ge=1, description="bytes of input that a launch call can carry"
+    )
+    parallelism: int | None = Field(
+        default=None, ge=1, description="tasks that run at once, as a remote definition would fix"
+    )
 
 
 class NullOptions(BaseModel):
@@ -127,6 +138,9 @@ class NullOptions(BaseModel):
 
     max_tasks: int = Field(default=1, ge=1, description="chunks packed in one execution")
     parallelism: int = Field(default=1, ge=1, description="tasks of an execution that run at once")
+    wrapped: bool = Field(
+        default=False, description="an entry wrapper takes args and env from the input document"
+    )
 
 
 @dataclass(slots=True)
@@ -478,8 +492,10 @@ class NullBackend:
 
     Options: ClassVar[type[BaseModel]] = NullOptions
     Settings: ClassVar[type[BaseModel]] = NullSettings
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    COMMAND: ClassVar[Literal["required", "refused"]] = "required"
 
-    def __init__(self, name: str, settings: BaseModel) -> None:
+    def __init__(self, name: str, settings: BaseModel, _meter: Meter = UNMETERED) -> None:
         if not isinstance(settings, NullSettings):
             raise TypeError(f"target {name!r}: settings are {settings!r}, not NullSettings")
         self.name = name
@@ -488,10 +504,13 @@ class NullBackend:
         self._limits = BackendLimits(
             max_tasks=settings.max_tasks,
             max_payload_bytes=64 * 1024 * 1024,
+            inline_bytes=settings.inline_bytes,
+            max_text_bytes=64 * 1024 * 1024,
             call_timeout=timedelta(seconds=10),
             find_grace=settings.find_grace,
             absent_grace=settings.absent_grace,
             page_size=settings.page_size,
+            poll_interval=timedelta(0),
             relaunch_safe=settings.relaunch_safe,
             per_task_env=settings.per_task_env,
         )
@@ -505,7 +524,11 @@ class NullBackend:
         """Any worker of the process will do."""
         return
 
-    def check(self, _options: BaseModel, _command: Sequence[str]) -> Sequence[str]:
+    def definition(self, _options: BaseModel) -> Definition:
+        """Fix what the target's settings say."""
+        return Definition(parallelism=self.settings.parallelism)
+
+    def check(self, _job: Job, _options: BaseModel) -> Sequence[Remark]:
         """Find nothing wrong: nothing is run."""
         return ()
 
@@ -611,6 +634,10 @@ class BackendContract:
     def step(self) -> None:
         """Let a little time pass."""
         time.sleep(0.02)
+
+    def unknown(self, handle: Handle) -> Handle:
+        """Make a handle of this form that names nothing; a handle need not hold its key."""
+        return handle.replace("contract-", "contract-no", 1)
 
     # --- what the tests are made of ---------------------------------------------------------------
 
@@ -733,8 +760,8 @@ class BackendContract:
     def test_the_unknown_is_absent_and_harmless(self, backend: Backend) -> None:
         launched = backend.launch(self.request(self.new_key(), [Behaviour()]))
         self.ended(backend, launched.handle)
-        unknown = launched.handle.replace("contract-", "contract-no", 1)
-        assert unknown != launched.handle, "a handle of this suite holds its key"
+        unknown = self.unknown(launched.handle)
+        assert unknown != launched.handle, "else it is known"
         for handle in (unknown, "", "../../..", "a\0b", "Ä" * 5000):
             backend.cancel(handle)
             report = backend.poll([handle]).get(handle)

@@ -41,9 +41,14 @@ class Watched:
 
 
 class Watch:
-    """The launched executions of one target."""
+    """The launched executions of one target.
 
-    def __init__(self) -> None:
+    Args:
+        least: Seconds between two looks at an execution, at least.
+    """
+
+    def __init__(self, least: float = SHORTEST) -> None:
+        self._least = max(SHORTEST, least)
         self._known: dict[int, Watched] = {}
         self._history: defaultdict[str | None, History] = defaultdict(History)
         self._not_before = 0.0
@@ -65,7 +70,8 @@ class Watch:
                 continue
             age = row.launched_age or 0.0
             job = row.job_name
-            due = now + (0.0 if age > SHORTEST else interval(age, self._history[job].shortest()))
+            first = interval(age, self._history[job].shortest(), self._least)
+            due = now + (0.0 if age > self._least else first)
             self._known[row.id] = Watched(
                 row.id,
                 row.handle,
@@ -98,7 +104,7 @@ class Watch:
         """Look soon at executions whose end was asked for."""
         for one in map(self._known.get, ids):
             if one is not None:
-                one.next_look = min(one.next_look, now + SHORTEST)
+                one.next_look = min(one.next_look, now + self._least)
 
     def fresh(self, ids: Iterable[int], now: float) -> list[int]:
         """Name those that were looked at a moment ago; have the others looked at now.
@@ -131,14 +137,14 @@ class Watch:
         due.sort(key=lambda one: one.id)
         return [due[at : at + page_size] for at in range(0, len(due), page_size)]
 
-    def seen(self, one: Watched, now: float, *, hurried: bool = False) -> None:
+    def seen(self, one: Watched, now: float) -> None:
         """Set the next look at an execution that still runs."""
-        wait = SHORTEST if hurried else interval(now - one.launched, self._shortest(one))
+        wait = interval(now - one.launched, self._shortest(one), self._least)
         one.looked, one.next_look = now, now + wait
 
     def failed(self, page: Sequence[Watched], now: float, failures: int) -> None:
         """Set the next look at a page that could not be read."""
-        wait = min(LONGEST, SHORTEST * 2 ** min(failures, 10))
+        wait = min(LONGEST, self._least * 2 ** min(failures, 10))
         for one in page:
             one.next_look = now + wait
 

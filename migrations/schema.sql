@@ -73,6 +73,21 @@ COMMENT ON COLUMN dispatcher.batch.reason IS 'why it ended as it did';
 COMMENT ON COLUMN dispatcher.batch.actor IS 'who enqueued it';
 COMMENT ON COLUMN dispatcher.batch.largest_chunk IS 'bytes of the items of its largest chunk';
 COMMENT ON COLUMN dispatcher.batch.cancel_kind IS 'what asked for its end';
+CREATE TABLE dispatcher.bucket (
+    target text NOT NULL,
+    kind text NOT NULL,
+    tokens double precision,
+    taken_at timestamp with time zone,
+    pace double precision DEFAULT 1 NOT NULL,
+    slowed_at timestamp with time zone,
+    CONSTRAINT bucket_kind CHECK ((kind = ANY (ARRAY['launch'::text, 'logs'::text, 'read'::text, 'write'::text]))),
+    CONSTRAINT bucket_pace CHECK (((pace > (0)::double precision) AND (pace <= (1)::double precision))),
+    CONSTRAINT bucket_taken CHECK (((tokens IS NULL) = (taken_at IS NULL)))
+);
+COMMENT ON TABLE dispatcher.bucket IS 'budgets of calls to a provider, taken from by all workers';
+COMMENT ON COLUMN dispatcher.bucket.kind IS 'of call';
+COMMENT ON COLUMN dispatcher.bucket.tokens IS 'left when one was last taken';
+COMMENT ON COLUMN dispatcher.bucket.pace IS 'the part of the full rate that it was slowed to';
 CREATE TABLE dispatcher.chunk (
     batch_id text NOT NULL,
     index integer NOT NULL,
@@ -222,19 +237,13 @@ CREATE TABLE dispatcher.target (
     lease_owner text,
     lease_token bigint DEFAULT 0 NOT NULL,
     lease_until timestamp with time zone,
-    tokens double precision,
-    tokens_at timestamp with time zone,
-    pace double precision DEFAULT 1 NOT NULL,
     down_since timestamp with time zone,
     down_reason text,
     down_calls integer DEFAULT 0 NOT NULL,
-    resume_at timestamp with time zone,
-    CONSTRAINT target_pace CHECK (((pace > (0)::double precision) AND (pace <= (1)::double precision)))
+    resume_at timestamp with time zone
 );
 COMMENT ON COLUMN dispatcher.target.limits IS 'as its last leaseholder was configured';
 COMMENT ON COLUMN dispatcher.target.home IS 'the only machine that can serve it';
-COMMENT ON COLUMN dispatcher.target.tokens IS 'left in the bucket of launch calls';
-COMMENT ON COLUMN dispatcher.target.pace IS '1 is the full rate';
 CREATE TABLE dispatcher.worker (
     id text NOT NULL,
     host text NOT NULL,
@@ -257,6 +266,8 @@ ALTER TABLE ONLY dispatcher.batch
     ADD CONSTRAINT batch_key_key UNIQUE (key);
 ALTER TABLE ONLY dispatcher.batch
     ADD CONSTRAINT batch_pkey PRIMARY KEY (id);
+ALTER TABLE ONLY dispatcher.bucket
+    ADD CONSTRAINT bucket_pkey PRIMARY KEY (target, kind);
 ALTER TABLE ONLY dispatcher.chunk_items
     ADD CONSTRAINT chunk_items_pkey PRIMARY KEY (batch_id, chunk_index);
 ALTER TABLE ONLY dispatcher.chunk

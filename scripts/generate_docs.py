@@ -34,7 +34,7 @@ from dispatcher.client import Dispatcher
 from dispatcher.config import Target
 from dispatcher.durations import format_duration
 from dispatcher.errors import DispatcherError, InvalidInput, Unreachable
-from dispatcher.job import Chunking, ItemSource, Job, Limits, RetryPolicy, SuccessPolicy
+from dispatcher.job import Chunking, ItemSource, Job, Limits, Overrides, RetryPolicy, SuccessPolicy
 from dispatcher.schedule import Schedule
 from dispatcher.settings import Settings
 from dispatcher.states import (
@@ -65,7 +65,6 @@ UNSAID: Final[Mapping[str, str]] = {
     "Settings.sweep_interval": "How often each worker sweeps.",
     "Target.max_executions": "Live executions at once, over all jobs.",
     "Target.launches_per_minute": "Launch calls, shared by all workers; shrinks on throttling.",
-    "Target.reads_per_minute": "Poll calls for pages of executions, at most.",
     "ItemSource.timeout": "The longest that it may take, from its start to its last item.",
     "RetryPolicy.initial": "The wait after the first failure of a class.",
     "RetryPolicy.factor": "By how much each further wait grows.",
@@ -77,6 +76,7 @@ UNSAID: Final[Mapping[str, str]] = {
     "Job.chunk": "How items become chunks, see below.",
     "Job.retry": "When a chunk is tried again, see below.",
     "Job.limits": "How much of it may run at once, see below.",
+    "Job.overrides": "What a single batch may set over the job, see below.",
     "Job.success": "When a batch has succeeded, see below.",
     "Job.labels": "Kept with each batch; `enqueue` may add some.",
     "Target.name": "The key in the file, as a job's.",
@@ -273,6 +273,7 @@ def job_file() -> Iterator[str]:
         ("`retry` of a job", RetryPolicy),
         ("`limits` of a job", Limits),
         ("`success` of a job", SuccessPolicy),
+        ("`overrides` of a job", Overrides),
         ("`options` of a job on the local backend", LocalOptions),
         ("A schedule: `schedules.NAME`", Schedule),
     )

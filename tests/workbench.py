@@ -19,7 +19,9 @@ from dispatcher.backends.base import Backend
 from dispatcher.client import Batch, Dispatcher
 from dispatcher.config import Config, Target
 from dispatcher.engine import Engine
+from dispatcher.engine.place import Call
 from dispatcher.job import Job
+from dispatcher.storage import Storage
 from dispatcher.store import Store
 from dispatcher.testing import Ending, NullSettings, NullWorld
 
@@ -57,6 +59,7 @@ class Bench:
         settings: Mapping[str, Any] | None = None,
         wrap: Callable[[Backend], Backend] | None = None,
         concurrency: int = 16,
+        storage: Storage | None = None,
     ) -> None:
         NullWorld.forget(HERE)
         self.world = NullWorld.named(HERE)
@@ -71,6 +74,7 @@ class Bench:
         self._closing: list[Callable[[], None]] = []
         self._concurrency = concurrency
         self._wrap = wrap
+        self.storage = storage
         self.database = self._connect()
         with self.database.begin() as tx:
             for statement in CLOCK:
@@ -108,9 +112,20 @@ class Bench:
             roll=lambda: self.roll,
             backends=given,
             launch_concurrency=self._concurrency,
+            storage=self.storage,
         )
         self._closing.append(engine.close)
         return engine
+
+    def intend(self) -> list[Call]:
+        """Commit what a round of launches would ask for, and stop there, as a launcher that dies.
+
+        The definitions were read in a round before it.
+        """
+        launcher, place = self.engine._launcher, self.engine.places[HERE]
+        assert launcher._intend(place) == []
+        place.definitions.read()
+        return launcher._intend(place)
 
     def lease(self, store: Store, lease: timedelta = LEASE) -> str | None:
         return store.lease(HERE, backend="null", limits={}, home=None, lease=lease)

@@ -15,6 +15,7 @@ from dispatcher import schema
 from dispatcher.config import Config, Settings, load_config, load_settings
 from dispatcher.engine import Engine
 from dispatcher.errors import ConfigurationError
+from dispatcher.storage import Storage
 from dispatcher.store import Store
 from dispatcher.wake import Waker
 
@@ -82,5 +83,7 @@ def runtime() -> Runtime:
         config,
         launch_concurrency=settings.launch_concurrency,
         call_window=settings.call_window,
+        storage=None if settings.storage_url is None else Storage(settings.storage_url),
+        storage_keep=settings.storage_keep,
     )
     return Runtime(settings, config, store, engine, Waker(settings.broker_url))

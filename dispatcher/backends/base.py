@@ -2,7 +2,8 @@
 
 A backend starts, finds, polls and cancels executions, and that is all. It holds no loop, no sleep,
 no thread, no retry, no database and no environment: the engine decides, the caller owns the handle.
-`BackendContract` in `dispatcher.testing` is the suite that every backend passes.
+What its calls cost is asked for at a `Meter`, which all workers share. `BackendContract` in
+`dispatcher.testing` is the suite that every backend passes.
 
 Only two exceptions may come out of a backend, `Unavailable` and `Rejected`.
 """
@@ -13,21 +14,39 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import ClassVar, Protocol, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Final,
+    Literal,
+    Protocol,
+    TypeAlias,
+    runtime_checkable,
+)
 
 from pydantic import BaseModel
 
 from dispatcher.states import Outcome
 
+if TYPE_CHECKING:
+    from dispatcher.job import Job
+
 __all__ = [
+    "UNMETERED",
     "Backend",
     "BackendError",
     "BackendLimits",
+    "Change",
+    "Definable",
+    "Definition",
     "Handle",
     "LaunchRequest",
     "Launched",
+    "Meter",
     "Phase",
     "Rejected",
+    "Remark",
     "Report",
     "TaskInput",
     "TaskReport",
@@ -72,6 +91,12 @@ class BackendLimits:
     max_payload_bytes: int
     """Bytes of items, as JSON, that one task can be given at most."""
 
+    inline_bytes: int
+    """Bytes of input that a launch call itself can carry; what is larger goes by reference."""
+
+    max_text_bytes: int
+    """Bytes of one argument, or of one variable's value, at most."""
+
     call_timeout: timedelta
     """No call of this backend takes longer: each sets this as its own timeout."""
 
@@ -84,11 +109,79 @@ class BackendLimits:
     page_size: int
     """Handles that one `poll` call answers for."""
 
+    poll_interval: timedelta
+    """Between two looks at an execution, at least: what the provider's quota of reads can bear."""
+
     relaunch_safe: bool
     """A second `launch` with the same key cannot start a second execution."""
 
     per_task_env: bool
     """Each task of an execution can have args and env of its own."""
+
+
+class Meter(Protocol):
+    """Counts a target's calls against its budgets, over all workers; one budget a kind of call.
+
+    Launch calls are counted by the engine, and not here.
+    """
+
+    def take(self, kind: Literal["read", "write", "logs"], calls: int = 1) -> None:
+        """Take calls from a budget just before they are made.
+
+        Raises:
+            Unavailable: the budget is used up for now; nothing was called.
+        """
+        ...
+
+    def throttled(self, kind: Literal["read", "write", "logs"]) -> None:
+        """Tell that the provider refused a call of this kind for being one too many."""
+        ...
+
+
+class _Unmetered:
+    """A budget without end."""
+
+    def take(self, kind: Literal["read", "write", "logs"], calls: int = 1) -> None:
+        """Let every call go."""
+
+    def throttled(self, kind: Literal["read", "write", "logs"]) -> None:
+        """Go on as before."""
+
+
+UNMETERED: Final[Meter] = _Unmetered()
+"""For tests and checks: every call may be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """What the provider's own definition fixes for every execution of a job."""
+
+    parallelism: int | None = None
+    """Tasks of one execution that the provider runs at once, at most; None: as many as it can."""
+
+    max_timeout: timedelta | None = None
+    """The longest time that a task may be given; None: no bound is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Something about a job that `dispatcher check` tells."""
+
+    level: Literal["ok", "warn", "fail"]
+    text: str
+    todo: str | None = None
+    """What to do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One difference between a definition as it is at the provider and as it is wanted."""
+
+    path: str
+    """Where, such as `containers.main.image`."""
+
+    old: Any
+    new: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +231,19 @@ class LaunchRequest:
 
     parallelism: int
     """Tasks that may run at once, at most."""
+
+    intended_at: datetime | None = None
+    """When it was meant, by the database's clock: nothing of it is older at the provider."""
+
+    input_uri: str | None = None
+    """Where the input document lies, if there is one: one JSON line a task, in their order."""
+
+    result_uri: str | None = None
+    """The prefix, ending in "/", under which each task may write `<task index>.json`; None where no
+    storage is configured."""
+
+    wrapped: bool = False
+    """The image's entry wrapper takes each task's args and env from the input document."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -197,7 +303,7 @@ class Report:
 
 
 class Backend(Protocol):
-    """One configured place: a target. Made by `Backend(name, settings)`; cheap to make.
+    """One configured place: a target. Made by `Backend(name, settings, meter)`; cheap to make.
 
     A backend may keep a client open, but nothing that matters: any process can make another one and
     go on with the same handles.
@@ -208,6 +314,12 @@ class Backend(Protocol):
 
     Settings: ClassVar[type[BaseModel]]
     """What a target of this backend may set in the configuration file."""
+
+    DEFAULTS: ClassVar[Mapping[str, Any]]
+    """Limits of a target where its configuration says nothing, such as `launches_per_minute`."""
+
+    COMMAND: ClassVar[Literal["required", "refused"]]
+    """Whether a job must say which program runs, or must not: where the definition says it."""
 
     @property
     def limits(self) -> BackendLimits:
@@ -221,8 +333,23 @@ class Backend(Protocol):
         """
         ...
 
-    def check(self, options: BaseModel, command: Sequence[str]) -> Sequence[str]:
-        """Say what would keep such a job from running here, one sentence a problem."""
+    def definition(self, options: BaseModel) -> Definition:
+        """Read what the provider's own definition fixes; asked anew every few minutes.
+
+        Raises:
+            Rejected: there is no such definition, or it may not be read.
+            Unavailable: ask again later.
+        """
+        ...
+
+    def check(self, job: Job, options: BaseModel) -> Sequence[Remark]:
+        """Say what would keep a job from running here, and what else its owner should know.
+
+        Nothing is started by it, and nothing is changed.
+
+        Raises:
+            Unavailable: it cannot be said now.
+        """
         ...
 
     def launch(self, request: LaunchRequest) -> Launched:
@@ -272,6 +399,31 @@ class Backend(Protocol):
         Returns how many were removed; 0 where the provider does that by itself.
 
         Raises:
+            Unavailable: ask again later.
+        """
+        ...
+
+
+@runtime_checkable
+class Definable(Protocol):
+    """A backend that can also write the definition which a job names: `dispatcher apply`."""
+
+    def changes(self, job: Job, options: BaseModel) -> Sequence[Change] | None:
+        """Compare the job's `definition` with what is there; None if the job has none.
+
+        A definition that does not exist yet is compared with nothing.
+
+        Raises:
+            Rejected: it may not be read, or is refused.
+            Unavailable: ask again later.
+        """
+        ...
+
+    def apply(self, job: Job, options: BaseModel) -> str:
+        """Create or update the definition; returns its name at the provider.
+
+        Raises:
+            Rejected: the provider refuses it.
             Unavailable: ask again later.
         """
         ...

@@ -38,25 +38,30 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dispatcher.backends import local_shim as shim
 from dispatcher.backends.base import (
+    UNMETERED,
     BackendLimits,
+    Definition,
     Handle,
     Launched,
     LaunchRequest,
+    Meter,
     Phase,
     Rejected,
+    Remark,
     Report,
     TaskInput,
     TaskReport,
     Unavailable,
 )
 from dispatcher.durations import Duration, format_duration
+from dispatcher.job import Job
 from dispatcher.states import Outcome
 
 __all__ = ["LocalBackend", "LocalOptions", "LocalSettings"]
@@ -72,10 +77,13 @@ LAUNCH_SECONDS: Final = 5.0
 LIMITS: Final = BackendLimits(
     max_tasks=1000,
     max_payload_bytes=64 * 1024 * 1024,
+    inline_bytes=64 * 1024 * 1024,
+    max_text_bytes=128 * 1024 - 1,
     call_timeout=timedelta(seconds=7),
     find_grace=timedelta(seconds=2),
     absent_grace=timedelta(seconds=15),
     page_size=500,
+    poll_interval=timedelta(0),
     relaunch_safe=True,
     per_task_env=True,
 )
@@ -187,8 +195,10 @@ class LocalBackend:
 
     Options: ClassVar[type[BaseModel]] = LocalOptions
     Settings: ClassVar[type[BaseModel]] = LocalSettings
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    COMMAND: ClassVar[Literal["required", "refused"]] = "required"
 
-    def __init__(self, name: str, settings: BaseModel) -> None:
+    def __init__(self, name: str, settings: BaseModel, _meter: Meter = UNMETERED) -> None:
         if not isinstance(settings, LocalSettings):
             raise TypeError(f"target {name!r}: settings are {settings!r}, not LocalSettings")
         self.name = name
@@ -213,15 +223,17 @@ class LocalBackend:
             **({"machine": machine} if machine else {}),
         }
 
-    def check(self, options: BaseModel, command: Sequence[str]) -> Sequence[str]:
+    def definition(self, _options: BaseModel) -> Definition:
+        """Fix nothing: all that a job says is ours to keep."""
+        return Definition()
+
+    def check(self, job: Job, options: BaseModel) -> Sequence[Remark]:
         """Say if the command cannot be started here, looking in the PATH that tasks inherit."""
-        if not command:
-            return ("no command: a local job runs the program that its 'command' names",)
         path = self._environment().get("PATH", os.defpath)
         try:
-            shim.find_program(command[0], path, str(_cwd(options)))
+            shim.find_program(job.command[0], path, str(_cwd(options)))
         except shim.Refusal as refusal:
-            return (str(refusal),)
+            return (Remark("fail", str(refusal)),)
         return ()
 
     def launch(self, request: LaunchRequest) -> Launched:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from pydantic import BaseModel
 
-from dispatcher.backends.base import Backend
+from dispatcher.backends.base import UNMETERED, Backend, Meter
 from dispatcher.errors import ConfigurationError
 from dispatcher.problems import choices
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["BACKENDS", "ENTRY_POINTS", "backend_class", "known_backends", "make_backend"]
 
 BACKENDS: Final[dict[str, str]] = {
+    "cloud_run": "dispatcher.backends.cloud_run:CloudRunBackend",
     "local": "dispatcher.backends.local:LocalBackend",
     "null": "dispatcher.testing:NullBackend",
 }
@@ -62,15 +63,17 @@ def backend_class(name: str) -> type[Backend]:
         ) from error
 
 
-def make_backend(target: Target) -> Backend:
+def make_backend(target: Target, meter: Meter = UNMETERED) -> Backend:
     """Make the backend of a target; nothing is connected yet.
+
+    Its calls are counted at the meter: without one, nobody's budget is asked for.
 
     Raises:
         ConfigurationError: as `backend_class`.
     """
     # The protocol says how a backend is made in words only; a class has no typed `__init__` there.
-    make = cast("Callable[[str, BaseModel], Backend]", backend_class(target.backend))
-    return make(target.name, target.settings)
+    make = cast("Callable[[str, BaseModel, Meter], Backend]", backend_class(target.backend))
+    return make(target.name, target.settings, meter)
 
 
 def _entry_point(name: str) -> EntryPoint | None:

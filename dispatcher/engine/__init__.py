@@ -17,15 +17,19 @@ from datetime import timedelta
 from dispatcher.backends.base import Backend
 from dispatcher.backends.registry import make_backend
 from dispatcher.config import Config
+from dispatcher.engine.definitions import Definitions
 from dispatcher.engine.firer import Firer
 from dispatcher.engine.launcher import Launcher
+from dispatcher.engine.metering import TargetMeter
 from dispatcher.engine.place import READERS, Place, Round, boottime
 from dispatcher.engine.planner import Planner
 from dispatcher.engine.plans import PlanCache
 from dispatcher.engine.poller import Poller
 from dispatcher.engine.settler import Settler
 from dispatcher.engine.sweeper import Sweeper
+from dispatcher.storage import Storage
 from dispatcher.store import Store
+from dispatcher.watching import Watch
 
 __all__ = ["Engine", "Place", "Round", "boottime"]
 
@@ -41,6 +45,8 @@ class Engine:
         monotonic: This process's own clock, in seconds.
         roll: A number from 0 to 1 that spreads retries.
         backends: Made from the configuration where not given.
+        storage: Where input documents and results lie.
+        storage_keep: How long they are kept.
     """
 
     def __init__(
@@ -53,12 +59,14 @@ class Engine:
         monotonic: Callable[[], float] = boottime,
         roll: Callable[[], float] = random.random,
         backends: Mapping[str, Backend] | None = None,
+        storage: Storage | None = None,
+        storage_keep: timedelta = timedelta(days=14),
     ) -> None:
         self.store = store
         self.config = config
         self.places: dict[str, Place] = {}
         for name, target in config.targets.items():
-            backend = (backends or {}).get(name) or make_backend(target)
+            backend = (backends or {}).get(name) or make_backend(target, TargetMeter(store, target))
             self.places[name] = Place(
                 store,
                 target,
@@ -66,6 +74,9 @@ class Engine:
                 backend.home(),
                 ThreadPoolExecutor(launch_concurrency, f"launch-{name}"),
                 ThreadPoolExecutor(READERS, f"read-{name}"),
+                Definitions(backend, monotonic),
+                Watch(backend.limits.poll_interval.total_seconds()),
+                storage,
             )
         plans = PlanCache(store)
         self._firer = Firer(store, config)
@@ -81,7 +92,7 @@ class Engine:
             roll=roll,
         )
         self._poller = Poller(store, self._settler, monotonic)
-        self._sweeper = Sweeper(store, self._launcher, self._settler, monotonic)
+        self._sweeper = Sweeper(store, self._launcher, self._settler, monotonic, storage_keep)
 
     def close(self) -> None:
         """Let the threads end; a call that is open goes on, and is found by its key."""

@@ -18,8 +18,8 @@ from typing import Final
 import sqlalchemy as sa
 import structlog
 
+from dispatcher import budget
 from dispatcher.backends.base import (
-    Backend,
     BackendError,
     Launched,
     LaunchRequest,
@@ -28,13 +28,16 @@ from dispatcher.backends.base import (
     Unavailable,
 )
 from dispatcher.config import Target
+from dispatcher.documents import document, input_path, needs_document, result_prefix
 from dispatcher.engine.place import Call, Ending, Place, Round, plain, report_breach
 from dispatcher.engine.plans import PlanCache
 from dispatcher.engine.settler import Settler
+from dispatcher.errors import DispatcherError, Unreachable
 from dispatcher.judging import ASKED
 from dispatcher.planning import Waiting, fair_shares, pack
 from dispatcher.requests import Plan, audit_copy, launch_request, new_key
 from dispatcher.states import CancelKind, Outcome
+from dispatcher.storage import Storage
 from dispatcher.store import Conflict, Store, again
 from dispatcher.store.rows import (
     ExecutionRow,
@@ -52,6 +55,10 @@ UNLIMITED: Final = 1_000_000
 
 MOST_CALLS: Final = 5
 """Launch calls without a clear answer, each looked up in vain, after which an attempt is over."""
+
+SIGNED_FOR: Final = timedelta(days=7)
+"""How long a signed URL serves, which is the longest that providers sign for: tasks of a pack may
+wait for days until they start."""
 
 ROUND_BYTES: Final = 64 << 20
 """Items of one batch that a round of launches holds in memory, about."""
@@ -89,16 +96,32 @@ class Launcher:
         try:
             if not self._store.anything_due(place.target.name):
                 return Round(0, more=False)
-            by = self._monotonic() + self._window.total_seconds()
-            calls = self._intend(place)
-            if calls:
-                self._call(place, calls, by)
-            return Round(len(calls), more=bool(calls))
+            calls = self._intend_and_call(place)
+            if self._read_definitions(place) and not calls:
+                calls = self._intend_and_call(place)
+            return Round(calls, more=bool(calls))
         except Conflict as error:
             log.info("launch met another transaction; tried again at the next turn", why=str(error))
             return Round(0, more=True)
         finally:
             place.launching.release()
+
+    def _intend_and_call(self, place: Place) -> int:
+        """Commit what is to be asked for, and ask; the number of calls."""
+        by = self._monotonic() + self._window.total_seconds()
+        calls = self._intend(place)
+        if calls:
+            self._call(place, calls, by)
+        return len(calls)
+
+    def _read_definitions(self, place: Place) -> bool:
+        """Read the definitions that a batch had to go without; whether there were any."""
+        try:
+            return place.definitions.read()
+        except Unavailable as error:
+            if not error.not_started:
+                place.went_down(str(error), resume_in=1.0 + self._roll())
+            return False
 
     def _intend(self, place: Place) -> list[Call]:
         """Claim due chunks within every limit, and commit what is about to be asked for."""
@@ -110,19 +133,25 @@ class Launcher:
             # Another worker may have said so.
             place.down = place.down or row.down
             place.launches_fail = place.launches_fail or row.down_calls > 0
-            tokens = _tokens(target, row.tokens, row.tokens_age, row.pace)
+            tokens = self._tokens(tx, target)
             free, most_calls = self._free(tx, target, row, tokens)
             if free <= 0 or most_calls <= 0:
                 return []
             waiting = store.waiting(tx, target.name)
-            plans = self._plans.of(tx, [w.batch_id for w in waiting], place)
+            plans = {
+                batch_id: under
+                for batch_id, plan in self._plans.of(
+                    tx, [w.batch_id for w in waiting], place
+                ).items()
+                if (under := place.definitions.under(plan)) is not None
+            }
             waiting = self._count_due(tx, waiting, plans, min(most_calls, free))
             sizes = self._share(tx, waiting, plans, free, most_calls)
             running = store.lock_running(tx, sizes)
             calls = []
             for batch_id, packs in sizes.items():
                 if batch_id in running:
-                    calls += self._claim(tx, plans[batch_id], packs, row.instance)
+                    calls += self._claim(tx, plans[batch_id], packs, row)
             if not calls:
                 return []
             ids = store.intend(
@@ -142,7 +171,7 @@ class Launcher:
                 window=self._window,
             )
             if tokens is not None:
-                store.take_tokens(tx, target.name, tokens - len(calls))
+                store.write_tokens(tx, target.name, "launch", tokens - len(calls))
         return [Call(ids[request.key], request, plan) for plan, request in calls]
 
     def _free(
@@ -170,7 +199,7 @@ class Launcher:
         """Count the due chunks of waiting batches, as far as one round could take them."""
         caps = {
             w.batch_id: min(
-                most * plans[w.batch_id].max_tasks,
+                most * plans[w.batch_id].pack_tasks(w.largest_chunk),
                 max(1, ROUND_BYTES // max(1, w.largest_chunk or 1)),
             )
             for w in waiting
@@ -194,7 +223,7 @@ class Launcher:
             free,
         )
         sizes = {
-            w.batch_id: _pack(w.due, shares.get(w.batch_id, 0), plans[w.batch_id]) for w in waiting
+            w.batch_id: _pack(w, shares.get(w.batch_id, 0), plans[w.batch_id]) for w in waiting
         }
         calls = fair_shares(
             [Waiting(w.batch_id, w.priority, len(sizes[w.batch_id]), 0) for w in waiting],
@@ -233,7 +262,7 @@ class Launcher:
         return room
 
     def _claim(
-        self, tx: sa.Connection, plan: Plan, packs: Sequence[int], instance: str
+        self, tx: sa.Connection, plan: Plan, packs: Sequence[int], target: TargetRow
     ) -> list[tuple[Plan, LaunchRequest]]:
         """Take due chunks of a batch and write the requests of the executions that hold them."""
         claimed = self._store.claim(tx, plan.batch_id, sum(packs))
@@ -243,24 +272,27 @@ class Launcher:
             chunks, claimed = claimed[:size], claimed[size:]
             if chunks:
                 key = new_key(plan.batch_id)
-                requests.append((plan, launch_request(plan, key, instance, chunks, items)))
+                request = launch_request(
+                    plan, key, target.instance, chunks, items, intended_at=target.now
+                )
+                requests.append((plan, request))
         return requests
 
     def _call(self, place: Place, calls: Sequence[Call], by: float) -> None:
         """Make launch calls, all at once, and record the answers as they come."""
         open_calls: dict[Future[Launched], Call] = {
-            place.callers.submit(self._call_one, place.backend, call.request, by): call
-            for call in calls
+            place.callers.submit(self._call_one, place, call.request, by): call for call in calls
         }
         while open_calls:
             done, _ = wait(open_calls, return_when=FIRST_COMPLETED)
             self._record(place, [(open_calls.pop(future), future) for future in done])
 
-    def _call_one(self, backend: Backend, request: LaunchRequest, by: float) -> Launched:
+    def _call_one(self, place: Place, request: LaunchRequest, by: float) -> Launched:
         """Make one launch call, unless it has become too late for it."""
+        request = _with_storage(place, request)
         if self._monotonic() >= by:
             raise _TooLate("the launcher came too late to its own call; nothing was called")
-        return backend.launch(request)
+        return place.backend.launch(request)
 
     def _record(self, place: Place, answers: Sequence[tuple[Call, Future[Launched]]]) -> None:
         """Record what launch calls came to."""
@@ -276,7 +308,7 @@ class Launcher:
             again(partial(self._store.postpone_calls, found.postponed))
             longest = max(after for _, after, _ in found.postponed.values())
             self._store.hold_launches(place.target.name, longest)
-        self._set_pace(place, throttled=bool(found.postponed), answered=bool(found.launched))
+            self._store.slow_down(place.target.name, "launch")
         if found.rejected:
             self._settler.settle(place, found.rejected)
 
@@ -310,7 +342,10 @@ class Launcher:
                 self._store.record_launched,
                 [(call.execution_id, launched) for call, launched in found],
                 start_timeouts={
-                    call.execution_id: call.plan.times(len(call.request.tasks)) for call, _ in found
+                    call.execution_id: call.plan.times(
+                        len(call.request.tasks), call.request.parallelism
+                    )
+                    for call, _ in found
                 },
                 reason=reason,
             )
@@ -320,15 +355,6 @@ class Launcher:
                 place.target.name, launched, "its execution was given up before it was found"
             ):
                 log.warning("stray", target=place.target.name, handle=launched.handle)
-
-    def _set_pace(self, place: Place, *, throttled: bool, answered: bool) -> None:
-        """Halve the rate of launch calls at a throttling, and let it grow again afterwards."""
-        if place.target.launches_per_minute is None:
-            return
-        if throttled:
-            self._store.pace(place.target.name, 0.5)
-        elif answered:
-            self._store.pace(place.target.name, 1.1)
 
     def look(self, place: Place, row: ExecutionRow) -> None:
         """Clear up an unknown launch: found → adopt; not there → end it, or call again."""
@@ -351,7 +377,8 @@ class Launcher:
         except Exception as error:  # noqa: BLE001 - whatever it is, it tells nothing
             report_breach(error, BackendError)
             self._store.postpone_look(row.id, min(30.0, 2.0 * 2 ** min(row.looks, 4)))
-            place.went_down(f"{type(error).__name__}: {error}")
+            if not (isinstance(error, Unavailable) and error.not_started):
+                place.went_down(f"{type(error).__name__}: {error}")
             return
         if found is not None:
             self._adopt(place, [(call, found)], reason="found by its key")
@@ -377,12 +404,12 @@ class Launcher:
             row = self._store.lock_target(tx, place.target.name)
             if row is None or (row.resumes_in or 0.0) > 0.0:
                 return 0
-            tokens = _tokens(place.target, row.tokens, row.tokens_age, row.pace)
+            tokens = self._tokens(tx, place.target)
             if tokens is None:
                 return min(wanted, self._concurrency)
             allowed = min(wanted, int(tokens), self._concurrency)
             if allowed:
-                self._store.take_tokens(tx, place.target.name, tokens - allowed)
+                self._store.write_tokens(tx, place.target.name, "launch", tokens - allowed)
             return allowed
 
     def call_again(self, place: Place, row: ExecutionRow) -> None:
@@ -412,7 +439,23 @@ class Launcher:
         if row.batch_id not in plans:
             return None
         plan = plans[row.batch_id]
-        return Call(row.id, launch_request(plan, row.key, instance, chunks, items), plan)
+        request = launch_request(
+            plan,
+            row.key,
+            instance,
+            chunks,
+            items,
+            intended_at=row.intent_at,
+            parallelism=row.parallelism,
+        )
+        return Call(row.id, request, plan)
+
+    def _tokens(self, tx: sa.Connection, target: Target) -> float | None:
+        """Say how many launch calls the bucket allows now; None where there is no bucket."""
+        if target.launches_per_minute is None:
+            return None
+        bucket = self._store.bucket(tx, target.name, "launch")
+        return budget.left(bucket, target.launches_per_minute)
 
 
 @dataclass(slots=True)
@@ -443,23 +486,52 @@ def _refused(call: Call, reason: str) -> Ending:
     )
 
 
-def _pack(due: int, slots: int, plan: Plan) -> list[int]:
+def _pack(waiting: WaitingBatch, slots: int, plan: Plan) -> list[int]:
     """Say how many chunks go into which executions, so that these hold at most `slots`."""
     if slots <= 0:
         return []
-    full, rest = divmod(slots, plan.parallelism)
-    whole = full * plan.max_tasks
+    due, most = waiting.due, plan.pack_tasks(waiting.largest_chunk)
+    full, rest = divmod(slots, min(most, plan.parallelism))
+    whole = full * most
     if due <= whole:
-        return pack(due, plan.max_tasks)
-    return [plan.max_tasks] * full + ([min(rest, due - whole)] if rest else [])
+        return pack(due, most)
+    return [most] * full + ([min(rest, due - whole)] if rest else [])
 
 
-def _tokens(target: Target, left: float | None, age: float | None, pace: float) -> float | None:
-    """Say how many launch calls the bucket allows now; None where there is no bucket."""
-    if target.launches_per_minute is None:
-        return None
-    rate = target.launches_per_minute * pace / 60.0
-    burst = max(1.0, 10.0 * rate)
-    if left is None or age is None:
-        return burst
-    return min(burst, left + rate * age)
+def _with_storage(place: Place, request: LaunchRequest) -> LaunchRequest:
+    """Write the input document that a launch refers to, if it needs one, and name the places.
+
+    Raises:
+        Rejected: it needs one, and no storage is configured; or the storage refuses it for ever.
+        Unavailable: the storage does not answer; nothing was called.
+    """
+    storage = place.storage
+    uri = None
+    if needs_document(request, place.backend.limits):
+        text = document(request).encode()
+        if len(text) > place.backend.limits.inline_bytes:
+            if storage is None:
+                raise Rejected(
+                    f"the input of this execution is {len(text)} bytes, more than the "
+                    f"{place.backend.limits.inline_bytes} that a launch call can carry: set "
+                    "DISPATCHER_STORAGE_URL for the workers, to a place that the containers can "
+                    "read; or give fewer items to a chunk, or fewer chunks to an execution "
+                    "(options.max_tasks)"
+                )
+            uri = _write_document(storage, request, text)
+    prefix = None if storage is None else storage.uri(result_prefix(request))
+    return replace(request, input_uri=uri, result_uri=prefix)
+
+
+def _write_document(storage: Storage, request: LaunchRequest, text: bytes) -> str:
+    """Write an input document once; who comes again with the same key finds the same text."""
+    path = input_path(request)
+    try:
+        storage.create(path, text)
+        if getattr(request.options, "signed_urls", False):
+            return storage.sign(path, method="GET", expires=SIGNED_FOR)
+    except Unreachable as error:
+        raise Unavailable(f"the storage does not answer: {error}", not_started=True) from error
+    except DispatcherError as error:
+        raise Rejected(f"the input document cannot be written: {error}") from error
+    return storage.uri(path)

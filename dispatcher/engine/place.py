@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
@@ -20,9 +20,13 @@ from dispatcher.backends.base import (
 from dispatcher.config import Target
 from dispatcher.requests import Plan
 from dispatcher.states import Outcome
+from dispatcher.storage import Storage
 from dispatcher.store import Store
 from dispatcher.store.rows import ExecutionRow
 from dispatcher.watching import Watch
+
+if TYPE_CHECKING:
+    from dispatcher.engine.definitions import Definitions
 
 __all__ = ["Call", "Ending", "Place", "Round", "boottime", "plain", "report_breach"]
 
@@ -48,11 +52,15 @@ class Place:
     home: Mapping[str, str] | None
     callers: ThreadPoolExecutor
     readers: ThreadPoolExecutor
+    definitions: Definitions
+    watch: Watch
+    storage: Storage | None = None
+    """Where input documents and results lie; None where none is configured."""
+
     launching: Lock = field(default_factory=Lock)
     """Held by the one round of launches that this process makes at a time."""
 
     following: Lock = field(default_factory=Lock)
-    watch: Watch = field(default_factory=Watch)
     poll_failures: int = 0
     down: bool = True
     """Whether the row may say that it is down: at first it may, from a worker before this one."""

@@ -67,7 +67,14 @@ class Planner:
         largest, heaviest = place.backend.limits.max_payload_bytes, 0
         with contextlib.closing(self._items(planning, job)) as texts:
             for cut in plan_chunks(texts, job.chunk, max_payload_bytes=largest):
-                check_chunk(job, planning.batch_id, planning.params, cut.index, cut.items)
+                check_chunk(
+                    job,
+                    planning.batch_id,
+                    planning.params,
+                    cut.index,
+                    cut.items,
+                    max_text_bytes=place.backend.limits.max_text_bytes,
+                )
                 rows.append((cut.index, cut.count, cut.weight, cut.items))
                 items, chunks, size = items + cut.count, chunks + 1, size + cut.bytes
                 heaviest = max(heaviest, cut.bytes)

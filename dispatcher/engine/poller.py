@@ -15,6 +15,7 @@ from dispatcher.backends.base import (
     Phase,
     Rejected,
     Report,
+    Unavailable,
 )
 from dispatcher.engine.place import Ending, Place, report_breach
 from dispatcher.engine.settler import SETTLE_TASKS, Settler
@@ -51,7 +52,11 @@ class Poller:
         pages = watch.due(self._monotonic(), place.backend.limits.page_size)
         if not pages:
             return 0
-        watch.pause(self._monotonic() + page_interval(len(pages), place.target.reads_per_minute))
+        apart = max(
+            page_interval(len(pages), place.target.reads_per_minute),
+            place.backend.limits.poll_interval.total_seconds(),
+        )
+        watch.pause(self._monotonic() + apart)
         polls = {
             place.readers.submit(place.backend.poll, [one.handle for one in page]): page
             for page in pages
@@ -88,7 +93,8 @@ class Poller:
             report_breach(error)
             place.poll_failures += 1
             place.watch.failed(page, now, place.poll_failures)
-            place.went_down(str(error))
+            if not (isinstance(error, Unavailable) and error.not_started):
+                place.went_down(str(error))  # else it answers, and asked for fewer calls
             return
         place.poll_failures = 0
         place.came_up()

@@ -20,6 +20,7 @@ from dispatcher.engine.settler import Settler, end_finished_batches
 from dispatcher.errors import DispatcherError, Unreachable
 from dispatcher.judging import ASKED
 from dispatcher.states import CancelKind
+from dispatcher.storage import Storage
 from dispatcher.store import Conflict, Store, again
 from dispatcher.store.rows import (
     ExecutionRow,
@@ -35,17 +36,30 @@ BUSY: Final = 1.0
 WAIT_AFTER_ERROR: Final = 30.0
 STRAYS_SINCE: Final = timedelta(days=7)
 
+STORED: Final = ("inputs/", "results/", "claims/")
+"""What lies in the storage, by prefix."""
+
+STORAGE_EVERY: Final = 3600.0
+"""Seconds between two looks for what is old in the storage: a listing may be long."""
+
 
 class Sweeper:
     """Does what is due for single executions and for batches."""
 
     def __init__(
-        self, store: Store, launcher: Launcher, settler: Settler, monotonic: Callable[[], float]
+        self,
+        store: Store,
+        launcher: Launcher,
+        settler: Settler,
+        monotonic: Callable[[], float],
+        keep: timedelta,
     ) -> None:
         self._store = store
         self._launcher = launcher
         self._settler = settler
         self._monotonic = monotonic
+        self._keep = keep
+        self._next_storage = 0.0
 
     def tend(self, place: Place) -> None:
         """Do what is due for single executions."""
@@ -115,8 +129,10 @@ class Sweeper:
         ]
         for error in failures:
             report_breach(error, Rejected)
-        if any(not isinstance(error, Rejected) for error in failures):
-            place.went_down(str(failures[0]))
+        for error in failures:
+            if not isinstance(error, Rejected) and not _is_throttled(error):
+                place.went_down(str(error))
+                break
         place.watch.hurry(wanted, self._monotonic())
 
     def batches(self, targets: Collection[str]) -> list[str]:
@@ -165,7 +181,8 @@ class Sweeper:
         try:
             running = list(place.backend.strays(instance, since))
         except BackendError as error:
-            place.went_down(str(error))
+            if not _is_throttled(error):
+                place.went_down(str(error))
             return
         place.down = True  # another worker may have said so, and nobody else may ask soon
         place.came_up()
@@ -178,9 +195,29 @@ class Sweeper:
                     log.warning("stray", target=target, handle=found.handle)
 
     def clean(self, place: Place) -> int:
-        """Remove what finished executions have left on a target; say how much."""
+        """Remove what finished executions have left, there and in the storage; say how much."""
+        removed = 0
         try:
-            return place.backend.clean(datetime.now(UTC))
+            removed += place.backend.clean(datetime.now(UTC))
         except Unavailable as error:
             log.info("not cleaned", target=place.target.name, why=str(error))
-            return 0
+        if place.storage is not None and self._monotonic() >= self._next_storage:
+            self._next_storage = self._monotonic() + STORAGE_EVERY
+            removed += self._clean_storage(place.storage)
+        return removed
+
+    def _clean_storage(self, storage: Storage) -> int:
+        """Remove input documents, results and claims that are older than they are kept."""
+        before = datetime.now(UTC) - self._keep
+        removed = 0
+        for prefix in STORED:
+            try:
+                removed += storage.delete_older(prefix, before)
+            except DispatcherError as error:
+                log.info("storage not cleaned", prefix=prefix, why=str(error))
+        return removed
+
+
+def _is_throttled(error: BaseException) -> bool:
+    """Say if a call was refused for now: then the provider does answer."""
+    return isinstance(error, Unavailable) and error.not_started

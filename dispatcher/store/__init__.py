@@ -22,6 +22,7 @@ from dispatcher.store.following import FollowStore
 from dispatcher.store.intervening import InterveneStore
 from dispatcher.store.launching import LaunchStore
 from dispatcher.store.leading import LeadStore
+from dispatcher.store.metering import MeterStore
 from dispatcher.store.planning import Planning
 from dispatcher.store.settling import SettleStore
 
@@ -29,6 +30,13 @@ __all__ = ["Conflict", "Planning", "Store", "again", "new_batch_id"]
 
 
 class Store(
-    EnqueueStore, LaunchStore, FollowStore, SettleStore, InterveneStore, FireStore, LeadStore
+    EnqueueStore,
+    LaunchStore,
+    FollowStore,
+    SettleStore,
+    InterveneStore,
+    FireStore,
+    LeadStore,
+    MeterStore,
 ):
     """All transitions over one SQLAlchemy engine; `PlanStore` comes with `InterveneStore`."""

@@ -35,7 +35,7 @@ EXECUTION_COLUMNS: Final = """
     e.handle, e.calls, e.looks, e.cancel_kind, e.cancel_sent_at, e.cancel_calls,
     extract(epoch FROM now() - e.launched_at)::float8, e.started_at IS NOT NULL,
     extract(epoch FROM now() - e.absent_since)::float8,
-    extract(epoch FROM now() - e.call_by)::float8
+    extract(epoch FROM now() - e.call_by)::float8, e.intent_at
 """
 
 _T = TypeVar("_T")

@@ -29,9 +29,8 @@ class LaunchStore(BaseStore):
         row = self.run(
             tx,
             """
-            SELECT t.home, t.tokens, extract(epoch FROM now() - t.tokens_at)::float8, t.pace,
-                t.down_calls, t.down_since IS NOT NULL,
-                extract(epoch FROM t.resume_at - now())::float8, i.instance
+            SELECT t.home, t.down_calls, t.down_since IS NOT NULL,
+                extract(epoch FROM t.resume_at - now())::float8, i.instance, now()
             FROM dispatcher.target t CROSS JOIN dispatcher.installation i
             WHERE t.name = :name FOR UPDATE OF t
             """,
@@ -161,15 +160,6 @@ class LaunchStore(BaseStore):
             ids=sorted(batch_ids),
         )
         return {row[0]: (row[1], row[2], row[3]) for row in rows}
-
-    def take_tokens(self, tx: sa.Connection, target: str, left: float) -> None:
-        """Write what is left in the bucket of launch calls."""
-        self.run(
-            tx,
-            "UPDATE dispatcher.target SET tokens = :left, tokens_at = now() WHERE name = :name",
-            name=target,
-            left=left,
-        )
 
     def lock_running(self, tx: sa.Connection, batch_ids: Iterable[str]) -> set[str]:
         """Lock batches that still run and are not being cancelled."""

@@ -243,19 +243,6 @@ class LeadStore(BaseStore):
                 actor=self.actor,
             )
 
-    def pace(self, name: str, factor: float) -> None:
-        """Shrink (below 1) or grow (above 1) the rate of a target's launch calls."""
-        with self.transaction() as tx:
-            self.run(
-                tx,
-                """
-                UPDATE dispatcher.target SET pace = least(1, greatest(0.05, pace * :factor))
-                WHERE name = :name
-                """,
-                name=name,
-                factor=factor,
-            )
-
 
 def _is_same_machine(theirs: Mapping[str, str], ours: Mapping[str, str] | None) -> bool:
     """Compare machines; where one of the two has no identity, host names."""

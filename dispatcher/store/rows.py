@@ -45,13 +45,12 @@ class TargetRow(NamedTuple):
     """A target, locked, as launch reads it."""
 
     home: dict[str, str] | None
-    tokens: float | None
-    tokens_age: float | None
-    pace: float
     down_calls: int
     down: bool
     resumes_in: float | None
     instance: str
+    now: datetime
+    """The database's time, which is that of everything written in this transaction."""
 
 
 class WaitingBatch(NamedTuple):
@@ -108,6 +107,7 @@ class ExecutionRow(NamedTuple):
     started: bool
     absent_for: float | None
     past_call_by: float | None
+    intent_at: datetime
 
 
 class OpenAttempt(NamedTuple):

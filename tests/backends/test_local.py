@@ -34,6 +34,7 @@ from dispatcher.backends.base import (
     Unavailable,
 )
 from dispatcher.backends.local import LocalBackend, LocalOptions, LocalSettings
+from dispatcher.job import Job
 from dispatcher.states import Outcome
 
 PATIENCE = 20.0
@@ -118,6 +119,14 @@ class Place:
         pid = self.record(key, "started.json")["pid"]
         os.kill(pid, signal.SIGKILL)
         until(lambda: not is_alive(pid), "the shim dies")
+
+
+def remarks(place: Place, options: LocalOptions, program: str) -> tuple[str, ...]:
+    """What the check says against a job with this command."""
+    job = Job(name="sample", target="here", command=(program,))
+    found = place.backend.check(job, options)
+    assert all(remark.level == "fail" for remark in found)
+    return tuple(remark.text for remark in found)
 
 
 @pytest.fixture
@@ -693,7 +702,7 @@ class TestACommandThatCannotRun:
             "command not found: 'no-such-program' is in no directory of PATH (/usr/bin:/bin);"
             " correct the job's 'command', give its full path, or set PATH in the job's 'env'"
         )
-        assert place.backend.check(LocalOptions(), ["no-such-program"]) == (reason,)
+        assert remarks(place, LocalOptions(), "no-such-program") == (reason,)
 
     def test_is_refused_when_its_path_is_wrong(self, place: Place) -> None:
         missing = place.folder / "missing"
@@ -711,7 +720,7 @@ class TestACommandThatCannotRun:
             f"command not executable: '{script}' is a file that may not be executed;"
             " make it executable (chmod +x) or name its interpreter in the job's 'command'"
         )
-        assert place.backend.check(LocalOptions(), [str(script)]) == (reason,)
+        assert remarks(place, LocalOptions(), str(script)) == (reason,)
 
     def test_is_refused_when_its_folder_is_missing(self, place: Place) -> None:
         missing = str(place.folder / "missing")
@@ -720,7 +729,7 @@ class TestACommandThatCannotRun:
             reason
             == f"cwd not found: '{missing}' is no directory; correct 'cwd' in the job's options"
         )
-        assert place.backend.check(LocalOptions(cwd=missing), ["true"]) == (reason,)
+        assert remarks(place, LocalOptions(cwd=missing), "true") == (reason,)
 
     @pytest.mark.parametrize(
         ("text", "reason"),
@@ -746,10 +755,7 @@ class TestACommandThatCannotRun:
         )
 
     def test_is_found_on_the_path_that_tasks_have(self, place: Place) -> None:
-        assert place.backend.check(LocalOptions(), ["sh"]) == ()
-        assert place.backend.check(LocalOptions(), []) == (
-            "no command: a local job runs the program that its 'command' names",
-        )
+        assert remarks(place, LocalOptions(), "sh") == ()
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from dispatcher.backends.base import LaunchRequest, Phase, Rejected, TaskInput, Unavailable
+from dispatcher.backends.base import (
+    Definition,
+    LaunchRequest,
+    Phase,
+    Rejected,
+    TaskInput,
+    Unavailable,
+)
+from dispatcher.job import Job
 from dispatcher.states import Outcome
 from dispatcher.testing import (
     BackendContract,
@@ -318,7 +326,9 @@ class TestSettings:
         NullWorld.forget("one")
 
     def test_it_runs_anything_anywhere(self, backend: NullBackend) -> None:
-        assert backend.check(NullOptions(), ["no-such-program"]) == ()
+        job = Job(name="sample", target="one", command=("no-such-program",))
+        assert backend.check(job, NullOptions()) == ()
+        assert backend.definition(NullOptions()) == Definition()
         assert backend.home() is None
 
     def test_it_takes_only_its_own_settings(self) -> None:

@@ -278,7 +278,7 @@ def test_a_server_that_became_read_only_is_unreachable_and_its_connections_are_l
     def write() -> None:
         with works.store.transaction() as tx:
             works.store.run(tx, "SET TRANSACTION READ ONLY")
-            works.store.run(tx, "UPDATE dispatcher.target SET pace = 1")
+            works.store.run(tx, "UPDATE dispatcher.target SET down_calls = 0")
 
     before = pid(works.store)
     with pytest.raises(Unreachable, match="read-only"):

@@ -101,7 +101,7 @@ def test_a_batch_of_newer_code_waits_for_a_newer_worker(bench: Bench) -> None:
     said = told(bench, batch)
     assert text(said, "newer_code") == (
         "It was written by newer code (version 9) than any worker that is alive understands "
-        "(version 1): it waits for a newer worker."
+        "(version 2): it waits for a newer worker."
     )
     assert "waits to be planned (its items are stored)." in said.text
 
@@ -293,7 +293,7 @@ def test_an_empty_bucket_of_launch_calls_says_when_the_next_one_is_due(
         "2 chunks could be launched now, but target here may be called 1 times a minute "
         f"(launches_per_minute); the next call is due in 60 s ({at(bench, 60)})."
     )
-    bench.store.pace(HERE, 0.5)
+    bench.store.slow_down(HERE, "launch")
     assert "(launches_per_minute, slowed to 50% after throttling)" in told(bench, batch).text
 
 

@@ -13,9 +13,11 @@ from workbench import HERE, Bench, eventually, job
 
 from dispatcher.backends.base import (
     Backend,
+    Definition,
     Handle,
     Launched,
     LaunchRequest,
+    Remark,
     Report,
     TaskReport,
     Unavailable,
@@ -33,6 +35,7 @@ class Spy:
     def __init__(self, inner: Backend) -> None:
         self.inner = inner
         self.Options, self.Settings, self.limits = inner.Options, inner.Settings, inner.limits
+        self.DEFAULTS, self.COMMAND = inner.DEFAULTS, inner.COMMAND
         self.before: Callable[[LaunchRequest], None] = lambda _request: None
         self.after: Callable[[LaunchRequest], None] = lambda _request: None
 
@@ -45,8 +48,11 @@ class Spy:
     def home(self) -> Mapping[str, str] | None:
         return None
 
-    def check(self, options: Any, command: Sequence[str]) -> Sequence[str]:
-        return self.inner.check(options, command)
+    def definition(self, options: Any) -> Definition:
+        return self.inner.definition(options)
+
+    def check(self, job: Any, options: Any) -> Sequence[Remark]:
+        return self.inner.check(job, options)
 
     def find(self, request: LaunchRequest) -> Launched | None:
         return self.inner.find(request)
@@ -81,7 +87,7 @@ def spied(make_bench: Callable[..., Bench]) -> tuple[Bench, Spy]:
 
 def die_before_the_call(bench: Bench) -> int:
     """Commit an intent as a launcher does, and be gone."""
-    (call,) = bench.engine._launcher._intend(bench.engine.places[HERE])
+    (call,) = bench.intend()
     return call.execution_id
 
 
@@ -197,10 +203,9 @@ def test_the_repeated_request_is_the_same_to_the_byte(make_bench: Callable[..., 
         )
     )
     requests: list[LaunchRequest] = []
-    place = bench.engine.places[HERE]
     bench.enqueue(["ä", {"b": 1.50}, None, 4, 5], params={"day": "2026-01-01"})
     bench.plan()
-    (call,) = bench.engine._launcher._intend(place)
+    (call,) = bench.intend()
     requests.append(call.request)
     other = bench.worker("worker-2")
     bench.advance(60)
@@ -248,7 +253,7 @@ def test_a_launcher_that_comes_too_late_does_not_call(bench: Bench) -> None:
     bench.plan()
     place, launcher = bench.engine.places[HERE], bench.engine._launcher
     by = bench.monotonic() + 15
-    calls = launcher._intend(place)
+    calls = bench.intend()
     bench.advance(15)
     launcher._call(place, calls, by)
     assert bench.world.calls["launch"] == 0
@@ -263,7 +268,7 @@ def test_a_launcher_that_slept_before_its_call_meets_the_relaunch_and_starts_not
     bench.plan()
     place, launcher = bench.engine.places[HERE], bench.engine._launcher
     by = bench.monotonic() + 15
-    calls = launcher._intend(place)
+    calls = bench.intend()
     other = bench.worker("worker-2")
     bench.advance(60)
     other.follow(HERE)

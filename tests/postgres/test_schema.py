@@ -216,11 +216,25 @@ NONSENSE: dict[str, tuple[str, type[psycopg.Error], str]] = {
         errors.CheckViolation,
         "event_kind",
     ),
-    "a pace of nothing": ("UPDATE target SET pace = 0", errors.CheckViolation, "target_pace"),
-    "a pace above the full rate": (
-        "UPDATE target SET pace = 1.01",
+    "a pace of nothing": (
+        "INSERT INTO bucket (target, kind, pace) VALUES ('t', 'read', 0)",
         errors.CheckViolation,
-        "target_pace",
+        "bucket_pace",
+    ),
+    "a pace above the full rate": (
+        "INSERT INTO bucket (target, kind, pace) VALUES ('t', 'read', 1.01)",
+        errors.CheckViolation,
+        "bucket_pace",
+    ),
+    "a budget of unknown calls": (
+        "INSERT INTO bucket (target, kind) VALUES ('t', 'guess')",
+        errors.CheckViolation,
+        "bucket_kind",
+    ),
+    "tokens that were never taken": (
+        "INSERT INTO bucket (target, kind, tokens) VALUES ('t', 'read', 1)",
+        errors.CheckViolation,
+        "bucket_taken",
     ),
     "two firings of one due time": (
         (
@@ -342,6 +356,7 @@ def catalogue(url: str) -> list[str]:
                         format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity,
                         pg_get_expr(d.adbin, d.adrelid), col_description(c.oid, a.attnum))
                     FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0
+                        AND NOT a.attisdropped
                     LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
                     WHERE c.relkind = 'r' AND c.relnamespace = 'dispatcher'::regnamespace
                         AND c.relname <> 'alembic_version'
@@ -499,7 +514,7 @@ def test_a_database_at_an_older_revision_is_behind(
     with pytest.raises(SchemaMismatch) as told:
         check(engine)
     assert str(told.value) == (
-        "the database is at revision 0001 and this code needs 0099: run `dispatcher db upgrade`"
+        "the database is at revision 0002 and this code needs 0099: run `dispatcher db upgrade`"
     )
 
 

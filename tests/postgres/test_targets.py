@@ -13,7 +13,9 @@ import pytest
 import sqlalchemy as sa
 from workbench import HERE, Bench, job
 
-from dispatcher import queries
+from dispatcher import budget, queries
+from dispatcher.backends.base import Unavailable
+from dispatcher.engine.metering import TargetMeter
 from dispatcher.store import Store
 from dispatcher.store.base import Conflict
 from dispatcher.testing import Ending, Fault
@@ -208,13 +210,55 @@ def test_an_outage_that_another_worker_has_told_ends_with_the_first_answer(bench
     assert [moved[:2] for moved in outage(bench)] == [("up", "down"), ("down", "up")] * 2
 
 
-def test_the_pace_stays_between_a_twentieth_and_the_full_rate(bench: Bench) -> None:
-    for _ in range(10):
-        bench.store.pace(HERE, 0.5)
-    assert row(bench, "pace", HERE) == pytest.approx(0.05)
-    for _ in range(100):
-        bench.store.pace(HERE, 1.1)
-    assert row(bench, "pace", HERE) == 1.0
+def pace_of(bench: Bench, kind: str = "launch") -> float:
+    with bench.store.transaction() as tx:
+        return budget.pace(bench.store.bucket(tx, HERE, kind))
+
+
+def test_each_throttling_halves_the_pace_down_to_a_twentieth(bench: Bench) -> None:
+    seen = []
+    for _ in range(6):
+        bench.store.slow_down(HERE, "launch")
+        seen.append(pace_of(bench))
+        bench.advance(1.1)
+    assert seen[0] == 0.5
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] == pytest.approx(0.05)
+    assert pace_of(bench, "read") == 1.0, "the other budgets are not slowed"
+
+
+def test_calls_that_are_refused_together_halve_the_pace_once(bench: Bench) -> None:
+    for _ in range(16):
+        bench.store.slow_down(HERE, "read")
+    assert pace_of(bench, "read") == 0.5
+
+
+def test_a_slowed_pace_doubles_with_each_minute_up_to_the_full_rate(bench: Bench) -> None:
+    for _ in range(2):
+        bench.store.slow_down(HERE, "launch")
+        bench.advance(2)
+    bench.advance(58)
+    assert pace_of(bench) == pytest.approx(0.51, abs=0.02)
+    bench.advance(600)
+    assert pace_of(bench) == 1.0
+
+
+def test_a_budget_of_reads_is_shared_by_all_workers(make_bench: MakeBench) -> None:
+    bench = make_bench(limits={"reads_per_minute": 20.0})
+    target = bench.config.targets[HERE]
+    meters = [TargetMeter(store, target) for store in (bench.store, bench.worker("b").store)]
+    for meter in (meters[0], meters[1], meters[0]):
+        meter.take("read")
+    for meter in meters:
+        with pytest.raises(Unavailable, match=r"budget of 20 read calls a minute") as told:
+            meter.take("read")
+        assert told.value.not_started
+        assert told.value.retry_after == timedelta(seconds=2)
+    bench.advance(3.1)
+    meters[1].take("read")
+    with pytest.raises(Unavailable):
+        meters[0].take("read")
+    meters[0].take("write", 50)  # a kind without a rate of its own is free
 
 
 def test_a_round_of_reads_stays_within_its_budget(make_bench: MakeBench) -> None:

@@ -22,7 +22,7 @@ from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 from unittest import mock
 
 import psycopg
@@ -33,9 +33,11 @@ from dispatcher import schema
 from dispatcher.backends.base import (
     Backend,
     BackendLimits,
+    Definition,
     Handle,
     Launched,
     LaunchRequest,
+    Remark,
     Report,
 )
 from dispatcher.client import Dispatcher
@@ -361,6 +363,8 @@ class SimulatedBackend:
 
     Options: ClassVar[type[BaseModel]] = NullBackend.Options
     Settings: ClassVar[type[BaseModel]] = NullBackend.Settings
+    DEFAULTS: ClassVar[Mapping[str, Any]] = NullBackend.DEFAULTS
+    COMMAND: ClassVar[Literal["required", "refused"]] = NullBackend.COMMAND
 
     def __init__(self, story: Story, settings: NullSettings) -> None:
         self._story = story
@@ -381,8 +385,11 @@ class SimulatedBackend:
     def home(self) -> None:
         return
 
-    def check(self, options: BaseModel, command: Sequence[str]) -> Sequence[str]:
-        return self._real.check(options, command)
+    def definition(self, options: BaseModel) -> Definition:
+        return self._real.definition(options)
+
+    def check(self, job: Job, options: BaseModel) -> Sequence[Remark]:
+        return self._real.check(job, options)
 
     def launch(self, request: LaunchRequest) -> Launched:
         story = self._story

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import BaseModel, ConfigDict
 
 from dispatcher.backends import registry
+from dispatcher.backends.base import Meter
 from dispatcher.config import Target, load_config, load_settings, standalone_file
 from dispatcher.errors import ConfigurationError, UnknownJob
 from dispatcher.job import Job
@@ -36,7 +38,10 @@ class FakeBackend:
         model_config = ConfigDict(extra="forbid")
         region: str = "eu"
 
-    def __init__(self, name: str, settings: BaseModel) -> None:
+    DEFAULTS: ClassVar[dict[str, Any]] = {}
+    COMMAND: ClassVar[str] = "required"
+
+    def __init__(self, name: str, settings: BaseModel, _meter: Meter) -> None:
         self.name = name
         self.settings = settings
 
@@ -175,7 +180,7 @@ def test_everything_wrong_is_told_at_once_by_its_variable(
         (
             "the argument colour is not a known key; allowed: actor, broker_url, call_window, "
             "database_url, heartbeat, jobs, launch_concurrency, lease, log_format, log_level, "
-            "pool_size, storage_url, sweep_interval"
+            "pool_size, storage_keep, storage_url, sweep_interval"
         ),
     ]
     assert caught.value.__cause__ is None
@@ -675,3 +680,33 @@ def test_another_distribution_adds_a_backend_by_an_entry_point(
     assert registry.backend_class("acme").__name__ == "FakeBackend"
     with pytest.raises(ConfigurationError, match="pip install 'acme-cloud'"):
         registry.backend_class("broken")
+
+
+def test_a_backend_gives_limits_to_targets_that_say_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeBackend, "DEFAULTS", {"reads_per_minute": 300, "max_running": 1000})
+    source = written("targets: {here: {backend: fake, max_running: 5}}")
+    target = load_config(source).targets["here"]
+    assert (target.reads_per_minute, target.max_running) == (300, 5)
+
+
+def test_a_program_that_a_target_cannot_set_is_refused_when_the_job_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(FakeBackend, "COMMAND", "refused")
+    source = written(
+        "targets: {here: {backend: fake}}\n"
+        "jobs: {a: {target: here, command: [sh]}, b: {target: here}}"
+    )
+    (line,) = problems(source)
+    assert line == (
+        "jobs.yaml: jobs.a.command is [\"sh\"]; target 'here' cannot set the program of an "
+        "execution: put it into the definition, and args here"
+    )
+
+
+def test_a_job_without_a_program_is_refused_where_one_is_needed() -> None:
+    source = written("targets: {here: {backend: fake}}\njobs: {a: {target: here}}")
+    (line,) = problems(source)
+    assert line == "jobs.yaml: jobs.a.command is missing; it must say the program to run"

@@ -123,7 +123,7 @@ def test_a_field_takes_no_duration_out_of_bounds(value: object) -> None:
 # --- the job as a value ---------------------------------------------------------------------------
 
 
-def test_a_job_needs_a_name_a_target_and_a_command_and_has_the_rest_by_default() -> None:
+def test_a_job_needs_a_name_and_a_target_and_has_the_rest_by_default() -> None:
     assert job().model_dump(mode="json") == {
         "name": "j",
         "target": "here",
@@ -149,6 +149,7 @@ def test_a_job_needs_a_name_a_target_and_a_command_and_has_the_rest_by_default()
         "limits": {"running": None, "per_batch": None},
         "deadline": "1d",
         "success": {"max_failed_chunks": 0},
+        "overrides": {"args": False, "env": [], "timeout": None, "tasks": None},
         "options": {},
         "priority": 0,
         "labels": {},
@@ -158,7 +159,6 @@ def test_a_job_needs_a_name_a_target_and_a_command_and_has_the_rest_by_default()
     assert [str(problem) for problem in problems_of(caught.value, Job)] == [
         "name is missing; it is required",
         "target is missing; it is required",
-        "command is missing; it is required",
     ]
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from dispatcher.backends.base import Definition
 from dispatcher.errors import InvalidInput
 from dispatcher.job import Job
-from dispatcher.requests import Plan, audit_copy, check_chunk, launch_request, new_key
+from dispatcher.requests import SLACK, Plan, audit_copy, check_chunk, launch_request, new_key
 from dispatcher.testing import NullBackend, NullSettings
 
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ITEMS = {0: '["a",\n"b"]', 1: '["c"]', 2: "[]"}
 
 
@@ -43,8 +45,8 @@ def test_a_request_says_all_that_a_backend_needs() -> None:
         options={"max_tasks": 4, "parallelism": 3},
     )
     made = plan(one, {"day": "mon"})
-    request = launch_request(made, "key", "inst", [(0, 1), (1, 4)], ITEMS)
-    assert launch_request(made, "key", "inst", [(0, 1), (1, 4)], ITEMS) == request
+    request = launch_request(made, "key", "inst", [(0, 1), (1, 4)], ITEMS, intended_at=NOW)
+    assert launch_request(made, "key", "inst", [(0, 1), (1, 4)], ITEMS, intended_at=NOW) == request
     assert (request.key, request.instance, request.batch_id) == ("key", "inst", "batch1")
     assert (request.job, request.command) == ("work", ("run", "it"))
     assert (request.timeout, request.parallelism) == (timedelta(minutes=5), 2)
@@ -80,14 +82,22 @@ def test_options_that_the_backend_does_not_take_are_refused() -> None:
 
 def test_an_execution_may_take_as_long_as_its_tasks_one_after_the_other() -> None:
     made = plan(job(timeout="10m", start_timeout="2m", options={"max_tasks": 50, "parallelism": 4}))
-    assert made.times(1) == (timedelta(minutes=2), timedelta(minutes=10, seconds=30))
-    assert made.times(4) == made.times(1)
-    assert made.times(9) == (timedelta(minutes=2), timedelta(minutes=30, seconds=30))
+    assert made.times(1, made.parallelism) == (
+        timedelta(minutes=2),
+        timedelta(minutes=10, seconds=30),
+    )
+    assert made.times(4, 4) == made.times(1, 4)
+    assert made.times(9, made.parallelism) == (
+        timedelta(minutes=2),
+        timedelta(minutes=30, seconds=30),
+    )
 
 
 def test_the_audit_keeps_what_was_asked_without_its_secrets() -> None:
     one = job(args=["{items:json}"], env={"API_TOKEN": "hunter2", "PLAIN": "x"})
-    request = launch_request(plan(one), "key", "inst", [(0, 1)], {0: '["a\\u0000\\\\u0000ä"]'})
+    request = launch_request(
+        plan(one), "key", "inst", [(0, 1)], {0: '["a\\u0000\\\\u0000ä"]'}, intended_at=NOW
+    )
     kept = json.loads(audit_copy(request))
     assert kept["command"] == ["run", "it"]
     assert kept["args"] == ['["a\\u0000\\\\u0000ä"]']
@@ -103,7 +113,9 @@ def test_the_audit_is_bounded_whatever_its_templates_were_filled_with() -> None:
         args=["--token=hunter2", "{items:csv}", *["{items:json}"] * 50],
         env={"IDS": "{items:csv}"} | {f"E{n}": "ä" * 3000 for n in range(100)},
     )
-    copy = audit_copy(launch_request(plan(one), "key", "inst", [(0, 1)], {0: items}))
+    copy = audit_copy(
+        launch_request(plan(one), "key", "inst", [(0, 1)], {0: items}, intended_at=NOW)
+    )
     assert len(copy.encode()) < 65_536
     assert "hunter2" not in copy
     kept = json.loads(copy)
@@ -117,7 +129,7 @@ def test_the_audit_is_bounded_whatever_its_templates_were_filled_with() -> None:
 
 def test_the_audit_is_bounded_also_in_many_small_values_and_in_options() -> None:
     one = job(args=[""] * 100_000, env={f"E{number}": "" for number in range(20_000)})
-    request = launch_request(plan(one), "key", "inst", [(0, 1)], ITEMS)
+    request = launch_request(plan(one), "key", "inst", [(0, 1)], ITEMS, intended_at=NOW)
 
     class Options(BaseModel):
         text: str = ""
@@ -129,6 +141,59 @@ def test_the_audit_is_bounded_also_in_many_small_values_and_in_options() -> None
 
 def test_a_chunk_is_tried_in_its_templates_when_it_is_planned() -> None:
     one = job(args=["{items:csv}", "fixed"])
-    check_chunk(one, "b", {}, 0, '["a", 1, true]')
+    check_chunk(one, "b", {}, 0, '["a", 1, true]', max_text_bytes=100)
     with pytest.raises(InvalidInput, match=r"\{items:csv\} takes text, numbers, true and false"):
-        check_chunk(one, "b", {}, 0, '["a", null]')
+        check_chunk(one, "b", {}, 0, '["a", null]', max_text_bytes=100)
+
+
+def test_a_template_that_grows_too_large_is_refused_when_the_chunk_is_planned() -> None:
+    one = job(env={"IDS": "{items:csv}"})
+    check_chunk(one, "b", {}, 3, '["aaaa","bbbb"]', max_text_bytes=9)
+    with pytest.raises(InvalidInput) as told:
+        check_chunk(one, "b", {}, 3, '["aaaa","bbbbb"]', max_text_bytes=9)
+    assert str(told.value) == (
+        "chunk 3 makes the job's env.IDS 10 bytes long; target t takes 9 at most: put fewer items "
+        "in a chunk, or have the program read DISPATCH_ITEMS or DISPATCH_INPUT_URI"
+    )
+
+
+def test_templates_of_a_chunk_need_one_task_or_the_entry_wrapper() -> None:
+    one = job(env={"IDS": "{items:csv}"}, options={"max_tasks": 4, "parallelism": 4})
+    alone = plan(one, per_task_env=False)
+    assert (alone.max_tasks, alone.wrapped) == (1, False)
+    wrapped = plan(
+        job(env={"IDS": "{items:csv}"}, options={"max_tasks": 4, "wrapped": True}),
+        per_task_env=False,
+    )
+    assert (wrapped.max_tasks, wrapped.wrapped) == (4, True)
+    request = launch_request(wrapped, "key", "inst", [(0, 1), (1, 1)], ITEMS, intended_at=NOW)
+    assert request.wrapped
+    assert [task.env for task in request.tasks] == [{"IDS": "a,b"}, {"IDS": "c"}]
+
+
+def test_a_pack_can_be_given_to_each_of_its_tasks() -> None:
+    one = job(env={"IDS": "{pack:csv}"}, options={"max_tasks": 4})
+    made = plan(one, per_task_env=False)
+    assert made.max_tasks == 4, "it is the same for all tasks"
+    request = launch_request(made, "key", "inst", [(0, 1), (2, 1), (1, 2)], ITEMS, intended_at=NOW)
+    assert {task.env["IDS"] for task in request.tasks} == {"a,b,c"}
+
+
+def test_a_pack_holds_as_many_chunks_as_its_text_has_room_for() -> None:
+    packed = plan(
+        job(env={"IDS": "{pack:csv}"}, options={"max_tasks": 100}),
+        per_task_env=False,
+        inline_bytes=24 * 1024,
+    )
+    assert packed.pack_tasks(None) == 100
+    assert packed.pack_tasks(10) == 92
+    assert packed.pack_tasks(100_000) == 1
+    assert plan(job(options={"max_tasks": 100})).pack_tasks(100_000) == 100
+
+
+def test_what_the_definition_fixes_bounds_what_runs_at_once() -> None:
+    made = plan(job(options={"max_tasks": 8, "parallelism": 8}))
+    assert made.under(Definition()).parallelism == 8
+    assert made.under(Definition(parallelism=2)).parallelism == 2
+    assert made.under(Definition(parallelism=20)).parallelism == 8
+    assert made.under(Definition(parallelism=2)).times(200, 2)[1] == 100 * made.job.timeout + SLACK

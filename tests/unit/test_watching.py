@@ -32,6 +32,7 @@ def row(number: int, age: float = 0.0, **fields: object) -> ExecutionRow:
         "started": True,
         "absent_for": None,
         "past_call_by": None,
+        "intent_at": None,
     }
     return ExecutionRow(**{**values, **fields})  # type: ignore[arg-type]  # the values above
 

@@ -1,0 +1,83 @@
+"""The definitions that jobs carry for their provider, compared with what is there, and written.
+
+A backend that can do so is `Definable`. Nothing is shown, and nobody is asked, here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from dispatcher.backends.base import Backend, BackendError, Change, Definable, Unavailable
+from dispatcher.backends.registry import make_backend
+from dispatcher.config import Config
+from dispatcher.errors import ConfigurationError, InvalidInput, Unreachable
+from dispatcher.job import Job
+
+__all__ = ["Defined", "compare", "write"]
+
+
+@dataclass(frozen=True, slots=True)
+class Defined:
+    """A job with a definition, and how that differs from what is there."""
+
+    job: Job
+    backend: Definable
+    options: BaseModel
+    changes: Sequence[Change]
+
+
+def compare(config: Config, names: Sequence[str]) -> list[Defined]:
+    """Compare the definitions of these jobs, or of all that have one.
+
+    Raises:
+        UnknownJob: there is no such job.
+        InvalidInput: a job that is named has no definition, or its target takes none.
+        ConfigurationError: a provider refuses to be asked.
+        Unreachable: a provider does not answer.
+    """
+    backends: dict[str, Backend] = {}
+    found = []
+    for job in [config.job(name) for name in dict.fromkeys(names)] or config.jobs.values():
+        if job.target not in backends:
+            backends[job.target] = make_backend(config.targets[job.target])
+        backend = backends[job.target]
+        options = backend.Options.model_validate(job.options)
+        changes = None
+        if isinstance(backend, Definable):
+            with _worded(job):
+                changes = backend.changes(job, options)
+            if changes is not None:
+                found.append(Defined(job, backend, options, changes))
+        if changes is None and names:
+            kind = config.targets[job.target].backend
+            raise InvalidInput(
+                f"job {job.name} has no definition to apply: give it one in `options.definition`"
+                if isinstance(backend, Definable)
+                else f"job {job.name} is for a {kind} target, which takes no definition"
+            )
+    return found
+
+
+def write(defined: Defined) -> str:
+    """Create or update a definition; returns its name at the provider.
+
+    Raises:
+        ConfigurationError: the provider refuses it.
+        Unreachable: it does not answer.
+    """
+    with _worded(defined.job):
+        return defined.backend.apply(defined.job, defined.options)
+
+
+@contextmanager
+def _worded(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except Unavailable as error:
+        raise Unreachable(f"job {job.name}: {error}") from error
+    except BackendError as error:
+        raise ConfigurationError(f"job {job.name}: {error}") from error

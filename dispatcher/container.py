@@ -1,0 +1,1322 @@
+"""What a container needs to take its part: its items, its claim, its receipt. One file.
+
+Copy it into an image; it needs Python 3.8 or newer and nothing else. What it reads and writes is a
+protocol of a few variables, files and URLs, so that images in other languages do without it:
+docs/container.md describes both. In a program:
+
+    from dispatcher import container            # or: import container
+
+    with container.run() as task:
+        for item in task.items:
+            try:
+                task.report(item, ok=True, output=work(item))
+            except WorkError as error:
+                task.report(item, ok=False, error=error)
+
+In front of a program that knows nothing of it:
+
+    python3 container.py exec -- COMMAND ARGS…             give it its input, and become it
+    python3 container.py exec --receipt -- COMMAND ARGS…   run it; a receipt if it exits with 0
+    python3 container.py exec --each -- COMMAND {item}     one process an item, one outcome each
+"""
+# Reasons for what is switched off here: there is little of files, and it is all of one kind (PTH);
+# URLs are asked for by this file alone, whose schemes are looked at (S310); the numbers of HTTP are
+# their own names (PLR2004).
+# ruff: noqa: PTH103, PTH105, PTH108, PTH120, PTH123, S310, PLR2004
+
+from __future__ import annotations
+
+import atexit
+import errno
+import hashlib
+import hmac
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from typing import IO, Any, NamedTuple, NoReturn
+from urllib.parse import quote, unquote, urlencode, urlsplit
+
+__all__ = [
+    "EXIT_CLAIMED_BY_ANOTHER",
+    "MAX_OUTPUT_BYTES",
+    "MAX_RECEIPT_BYTES",
+    "InputError",
+    "StorageError",
+    "Task",
+    "attempt",
+    "claim",
+    "items",
+    "main",
+    "progress",
+    "report",
+    "report_at",
+    "run",
+    "task_count",
+    "task_index",
+]
+
+EXIT_CLAIMED_BY_ANOTHER = 94
+"""This execution is a double: another one of the same key claimed the work, and nothing was done.
+
+No shell (1, 2, 126, 127), signal (128 and more), sysexits.h (64 to 78) or container engine (125)
+uses 94. The dispatcher believes it only where the claim names another execution.
+"""
+
+EXIT_USAGE, EXIT_BAD_INPUT, EXIT_TRY_AGAIN, EXIT_SIGTERM = 64, 65, 75, 143
+
+MAX_OUTPUT_BYTES = 4096
+"""The largest output of an item, as JSON, that stands in the receipt itself."""
+
+MAX_STORED_OUTPUT_BYTES = 16 << 20
+"""The largest output that is written beside the receipt, as an object of its own."""
+
+MAX_ERROR_CHARACTERS = 1000
+
+MAX_RECEIPT_BYTES = 16 << 20
+"""The largest receipt: the dispatcher reads no larger one."""
+
+INLINE_BYTES = 8 << 20
+"""Outputs and errors in one receipt, together; what comes later goes beside it, or is cut."""
+
+SHORT_ERROR_CHARACTERS = 100
+
+PROGRESS_SECONDS = 5.0
+"""Between two writes of what is done so far, at least."""
+
+MAX_VARIABLE_BYTES = 131071
+"""One variable, name and value: Linux takes 128 KiB with the zero at its end."""
+
+CALL_SECONDS = 20.0
+PAUSES = (0.3, 1.0, 3.0)
+"""Seconds before each further try of a call that got no clear answer."""
+
+GRACE_SECONDS = 5.0
+"""For what was asked to end: the strictest platform kills ten seconds after its SIGTERM."""
+
+
+class InputError(ValueError):
+    """What this task was given cannot be used; it would be so the next time."""
+
+
+class StorageError(OSError):
+    """The storage refuses, or does not answer."""
+
+
+# --- Who this is -----------------------------------------------------------------------------
+
+
+def task_index(environ: Mapping[str, str] = os.environ) -> int:
+    """Say which task of its execution this is, from 0, on whatever platform it runs."""
+    names = (
+        "DISPATCH_TASK_INDEX",
+        "CLOUD_RUN_TASK_INDEX",
+        "AWS_BATCH_JOB_ARRAY_INDEX",
+        "JOB_COMPLETION_INDEX",
+    )
+    return _number(environ, names, 0)
+
+
+def task_count(environ: Mapping[str, str] = os.environ) -> int:
+    """Say how many tasks its execution has."""
+    names = ("DISPATCH_TASK_COUNT", "CLOUD_RUN_TASK_COUNT", "AWS_BATCH_JOB_ARRAY_SIZE")
+    return _number(environ, names, 1)
+
+
+def attempt() -> int:
+    """Say which attempt at its chunk this is, from 1."""
+    return _this_task().attempt
+
+
+def items() -> list[Any]:
+    """Give the items that this task is to work on, in order."""
+    return _this_task().items
+
+
+def _number(environ: Mapping[str, str], names: Sequence[str], default: int) -> int:
+    for name in names:
+        text = environ.get(name)
+        if text:
+            if not re.fullmatch("[0-9]{1,9}", text):
+                raise InputError(f"{name} is {text!r}, and must be a number")
+            return int(text)
+    return default
+
+
+def _execution(environ: Mapping[str, str]) -> str:
+    """Name this execution as its platform does, the same in all its tasks."""
+    batch_job = environ.get("AWS_BATCH_JOB_ID", "").partition(":")[0]
+    return environ.get("CLOUD_RUN_EXECUTION") or batch_job or socket.gethostname()
+
+
+def claim(environ: Mapping[str, str] = os.environ) -> None:
+    """Take the work of this key for this execution, or leave the process with code 94.
+
+    Without DISPATCH_CLAIM_URI nothing needs to be claimed. `run` and the wrapper call this.
+
+    Raises:
+        StorageError: it cannot be claimed now; the work must not be begun.
+    """
+    uri = environ.get("DISPATCH_CLAIM_URI")
+    if not uri:
+        return
+    if not uri.startswith(("file://", "s3://", "gs://")):
+        raise InputError(f"DISPATCH_CLAIM_URI is {_shown(uri)}: a claim is written *and* read")
+    own = _execution(environ)
+    if _create(uri, own.encode()):
+        return
+    found = _read(uri, 4096)
+    if found is None:
+        raise StorageError(f"the claim {uri} was there and is not")
+    other = found.decode(errors="replace").strip()
+    if other != own:
+        _remark(f"{uri} belongs to execution {other}, and this is {own}: nothing is done here")
+        raise SystemExit(EXIT_CLAIMED_BY_ANOTHER)
+
+
+# --- What it is given ------------------------------------------------------------------------
+
+
+def _input(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Read this task's line of the input: its items, and what else stands in it."""
+    if environ.get("DISPATCH_ITEMS"):
+        return _line_of(os.fsencode(environ["DISPATCH_ITEMS"]), "DISPATCH_ITEMS")
+    if environ.get("DISPATCH_ITEMS_FILE"):
+        with open(environ["DISPATCH_ITEMS_FILE"], "rb") as file:
+            return _line_of(file.read(), "DISPATCH_ITEMS_FILE")
+    index = task_index(environ)
+    if environ.get("DISPATCH_INPUT"):
+        lines = iter(io.BytesIO(os.fsencode(environ["DISPATCH_INPUT"])))
+        return _pick(lines, index, "DISPATCH_INPUT")
+    uri = environ.get("DISPATCH_INPUT_URI")
+    if not uri:
+        raise InputError(
+            "there is no input: none of DISPATCH_ITEMS, DISPATCH_INPUT and DISPATCH_INPUT_URI is "
+            "set. To try the program by hand, set DISPATCH_ITEMS to a JSON array"
+        )
+    for pause in PAUSES:
+        try:
+            return _pick(_lines(uri), index, _shown(uri))
+        except _CutOff:
+            time.sleep(pause)
+    return _pick(_lines(uri), index, _shown(uri))
+
+
+def _pick(lines: Iterator[bytes], index: int, name: str) -> dict[str, Any]:
+    count = 0
+    for line in lines:
+        if count == 0 and line.lstrip()[:1] == b"[":
+            return _line_of(line + b"".join(lines), name)  # not lines, but the items of one task
+        if count == index:
+            return _line_of(line, f"line {index + 1} of {name}")
+        count += 1
+    raise InputError(f"{name} has {count} lines, and this is task {index}, counted from 0")
+
+
+def _line_of(text: bytes, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text.decode())
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON: {error}") from None
+    line = {"items": value} if isinstance(value, list) else value
+    if not isinstance(line, dict) or not isinstance(line.get("items"), list):
+        raise InputError(f"{name} is neither an array of items nor an object with such `items`")
+    return line
+
+
+# --- The receipt -----------------------------------------------------------------------------
+
+
+class Task:
+    """The part of one task: what it works on, and the receipt of how each item ended.
+
+    The receipt is `<task index>.json`, and exists only if every item was reported and the program
+    ended in order. What is done before that is `<task index>.progress.json`.
+    """
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        self.index = task_index(environ)
+        self.count = task_count(environ)
+        self.line = _input(environ)
+        self.items: list[Any] = self.line["items"]
+        self.attempt = int(self.line.get("attempt") or _number(environ, ["DISPATCH_ATTEMPT"], 1))
+        chunk = self.line.get("chunk")
+        self.chunk: int | None = chunk
+        if chunk is None and environ.get("DISPATCH_CHUNK"):
+            self.chunk = _number(environ, ["DISPATCH_CHUNK"], 0)
+        self.key = environ.get("DISPATCH_KEY")
+        self._set_uris(environ)
+        self._places: dict[str, list[int]] | None = None
+        self._results: dict[int, dict[str, Any]] = {}
+        self._inline = 0
+        self._told: dict[str, int] | None = None
+        self._dirty = False
+        self._written_last: bool | None = None
+        # Re-entrant, because a signal may come while its own thread holds them.
+        self._state = threading.RLock()
+        self._writing = threading.RLock()
+        self._stop = threading.Event()
+        self._writer: threading.Thread | None = None
+        self._pid = os.getpid()
+
+    def _set_uris(self, environ: Mapping[str, str]) -> None:
+        uri = self.line.get("result_uri") or environ.get("DISPATCH_RESULT_URI") or None
+        progress_uri = self.line.get("progress_uri") or environ.get("DISPATCH_PROGRESS_URI")
+        if uri and uri.endswith("/"):
+            uri = f"{uri}{self.index}.json"
+        self._stem: str | None = None
+        if uri and not uri.startswith(("https://", "http://")):
+            self._stem = uri[:-5] if uri.endswith(".json") else uri  # noqa: FURB188 -- 3.8
+            progress_uri = f"{self._stem}.progress.json"
+        self.result_uri: str | None = uri
+        self.progress_uri: str | None = progress_uri or None
+
+    def report(
+        self,
+        item: Any,
+        ok: bool,
+        output: Any = None,
+        error: Any = None,
+        *,
+        output_uri: str | None = None,
+    ) -> None:
+        """Say how an item ended. What was said of it before is replaced.
+
+        Of equal items, each call means the first that was not reported yet.
+
+        Args:
+            item: one of `items`, by its value.
+            ok: whether it succeeded.
+            output: any JSON value. Above `MAX_OUTPUT_BYTES` it is written beside the receipt.
+            error: a text or an exception; only of an item that failed.
+            output_uri: where the output lies, if the program wrote it somewhere itself.
+
+        Raises:
+            ValueError: no such item; an output that is not JSON, or too large for the receipt
+                where nothing can be written beside it.
+            StorageError: a large output could not be written.
+        """
+        with self._state:
+            if self._places is None:
+                self._places = {}
+                for position, value in enumerate(self.items):
+                    self._places.setdefault(_canonical(value), []).append(position)
+            try:
+                places = self._places.get(_canonical(item))
+            except (TypeError, ValueError):  # no JSON, so no item
+                places = None
+            if not places:
+                raise ValueError(f"{item!r} is none of this task's {len(self.items)} items")
+            position = next((one for one in places if one not in self._results), places[-1])
+        self.report_at(position, ok, output, error, output_uri=output_uri)
+
+    def report_at(
+        self,
+        position: int,
+        ok: bool,
+        output: Any = None,
+        error: Any = None,
+        *,
+        output_uri: str | None = None,
+    ) -> None:
+        """Say how the item at a position, from 0, ended. As `report`."""
+        if not 0 <= position < len(self.items):
+            raise ValueError(f"there is no item {position}: this task has {len(self.items)}")
+        if not isinstance(ok, bool):
+            raise TypeError(f"ok is {ok!r}, and must be True or False")
+        if ok and error is not None:
+            raise ValueError(f"item {position} is said to be ok, and to have the error {error!r}")
+        if output is not None and output_uri is not None:
+            raise ValueError(f"item {position} has an output and an output_uri: give one of them")
+        entry: dict[str, Any] = {"i": position, "ok": ok}
+        if output_uri is not None:
+            entry["output_uri"] = str(output_uri)
+        elif output is not None:
+            self._add_output(entry, output)
+        if not ok:
+            entry["error"] = self._error_text(error)
+        with self._state:
+            self._inline -= _inline_size(self._results.get(position))
+            self._inline += _inline_size(entry)
+            self._results[position] = entry
+            self._dirty = True
+        self._start_writer()
+
+    def progress(self, done: int, total: int) -> None:
+        """Say how far the work is, in any unit; shown while it runs."""
+        with self._state:
+            self._told = {"done": int(done), "total": int(total)}
+            self._dirty = True
+        self._start_writer()
+
+    @property
+    def unreported(self) -> int:
+        """How many items nothing was said of yet."""
+        return len(self.items) - len(self._results)
+
+    def flush(self) -> None:
+        """Write what is done so far, as a receipt that is not complete.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        with self._state:
+            self._dirty = False
+            if self._written_last is not None:
+                return
+            if self.progress_uri is None and (self.result_uri is None or not self._results):
+                return
+            data = self._document(complete=False)
+        # A write that hangs must not use up the time that is left after a SIGTERM.
+        held = self._writing.acquire(timeout=GRACE_SECONDS)
+        try:
+            if self.progress_uri is not None:
+                _replace(self.progress_uri, data)
+            elif self.result_uri is not None:
+                # There is one URL only: what stands there is the last word.
+                self._written_last = False
+                _create(self.result_uri, data)
+        finally:
+            if held:
+                self._writing.release()
+
+    def close(self) -> bool:
+        """Write the receipt; returns False where that cannot tell all: the exit code must.
+
+        If not every item was reported, what is done is written as `flush` does.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        self._stop.set()
+        if self._writer is not None and self._writer is not threading.current_thread():
+            self._writer.join(GRACE_SECONDS)
+        unreported = self.unreported
+        failed = any(not entry["ok"] for entry in self._results.values())
+        if self.result_uri is None:
+            if failed:
+                _remark("items failed, and there is no DISPATCH_RESULT_URI to say so at")
+            return not failed
+        if unreported:
+            _remark(f"{unreported} of {len(self.items)} items were not reported: no receipt")
+            self.flush()
+            return True
+        if self._written_last is None:
+            data = self._document(complete=True)
+            with self._writing:
+                self._written_last = True
+                if not _create(self.result_uri, data):
+                    _remark(f"there is a receipt at {_shown(self.result_uri)} already; it stands")
+        return True
+
+    def _add_output(self, entry: dict[str, Any], output: Any) -> None:
+        try:
+            text = _json(output)
+            data = text.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the output of item {entry['i']} is not JSON: {error}") from None
+        if len(data) <= MAX_OUTPUT_BYTES and self._inline + len(data) <= INLINE_BYTES:
+            entry["output"] = json.loads(text)  # as it is now, whatever becomes of it
+            return
+        if self.result_uri is None:
+            return  # nobody asks for it
+        if self._stem is None or len(data) > MAX_STORED_OUTPUT_BYTES:
+            raise ValueError(
+                f"the output of item {entry['i']} has {len(data):,} bytes as JSON, and may have "
+                f"{MAX_OUTPUT_BYTES:,}: write it to a place of your own and report its output_uri"
+            )
+        entry["output_uri"] = f"{self._stem}.output.{entry['i']}.json"
+        _replace(entry["output_uri"], data)
+
+    def _error_text(self, error: Any) -> str:
+        if isinstance(error, BaseException):
+            error = f"{type(error).__name__}: {error}"
+        text = "it failed" if error is None else str(error)
+        # Half a surrogate pair is no Unicode, and databases take no NUL.
+        text = text.encode("utf-8", "replace").decode().replace("\0", "�")
+        full = self._inline + min(len(text), MAX_ERROR_CHARACTERS) > INLINE_BYTES
+        most = SHORT_ERROR_CHARACTERS if full else MAX_ERROR_CHARACTERS
+        return text if len(text) <= most else text[: most - 1] + "…"
+
+    def _document(self, *, complete: bool) -> bytes:
+        with self._state:
+            results = [self._results[position] for position in sorted(self._results)]
+            receipt: dict[str, Any] = {
+                "version": 1,
+                "key": self.key,
+                "task": self.index,
+                "chunk": self.chunk,
+                "attempt": self.attempt,
+                "complete": complete,
+                "items": results,
+            }
+            if self._told and not complete:
+                receipt["progress"] = self._told
+        receipt["written_at"] = _utc_now().strftime("%Y-%m-%dT%H:%M:%SZ")
+        data = _json(receipt).encode()
+        if len(data) > MAX_RECEIPT_BYTES:
+            raise StorageError(
+                f"the receipt of {len(results):,} items has {len(data):,} bytes, and may have "
+                f"{MAX_RECEIPT_BYTES:,}: make the job's chunks smaller"
+            )
+        return data
+
+    def _start_writer(self) -> None:
+        if self.progress_uri is None or self._writer is not None or self._stop.is_set():
+            return
+        with self._state:
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write_progress, daemon=True)
+                self._writer.start()
+
+    def _write_progress(self) -> None:
+        pause = PROGRESS_SECONDS
+        complained = False
+        while not self._stop.wait(pause):
+            if not self._dirty:
+                continue
+            begun = time.monotonic()
+            try:
+                self.flush()
+            except OSError as error:
+                self._dirty = True
+                if not complained:
+                    _remark(f"progress cannot be written: {error}")
+                complained = True
+            # A large receipt over a slow line must not be all that the container does.
+            pause = max(PROGRESS_SECONDS, 20 * (time.monotonic() - begun))
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _inline_size(entry: dict[str, Any] | None) -> int:
+    if entry is None:
+        return 0
+    size = len(entry.get("error", "")) + len(entry.get("output_uri", ""))
+    return size + (len(_json(entry["output"])) if "output" in entry else 0)
+
+
+def _utc_now() -> datetime:
+    return datetime.now(timezone.utc)  # noqa: UP017 -- Python 3.8 has no datetime.UTC
+
+
+def _remark(text: str) -> None:
+    sys.stderr.write(f"dispatcher: {text}\n")
+    sys.stderr.flush()
+
+
+# --- The task of this process ----------------------------------------------------------------
+
+
+class _Process:
+    """What belongs to the process and not to a task: its exit, its SIGTERM."""
+
+    task: Task | None = None
+    leaves_by_exit = False
+    crashed = False
+
+
+def _this_task() -> Task:
+    if _Process.task is None:
+        _Process.task = Task()
+    return _Process.task
+
+
+def report(
+    item: Any, ok: bool, output: Any = None, error: Any = None, *, output_uri: str | None = None
+) -> None:
+    """Say how an item of this process's task ended: `Task.report`. Written when it exits."""
+    _leave_by_exit()
+    _this_task().report(item, ok, output, error, output_uri=output_uri)
+
+
+def report_at(
+    position: int,
+    ok: bool,
+    output: Any = None,
+    error: Any = None,
+    *,
+    output_uri: str | None = None,
+) -> None:
+    """Say how the item at a position, from 0, ended: `Task.report_at`. Written at exit."""
+    _leave_by_exit()
+    _this_task().report_at(position, ok, output, error, output_uri=output_uri)
+
+
+def progress(done: int, total: int) -> None:
+    """Say how far this process's task is: `Task.progress`."""
+    _leave_by_exit()
+    _this_task().progress(done, total)
+
+
+@contextmanager
+def run() -> Iterator[Task]:
+    """Claim the work, give this process's task, and write its receipt when the block ends.
+
+    If the block ends by an exception or an exit code, or by SIGTERM, what is done by then is kept
+    and there is no complete receipt. SIGTERM ends the process with 143.
+
+    Raises:
+        InputError: there is no usable input.
+        StorageError: the input, the claim or the receipt could not be read or written.
+        SystemExit: with 94, see `claim`; with 1 if items failed and there is no other way to tell.
+    """
+    claim()
+    task = _this_task()
+    _Process.leaves_by_exit = True  # the end of the block does it
+    with _at_sigterm(task):
+        try:
+            yield task
+        except BaseException as end:
+            if not (isinstance(end, SystemExit) and end.code in (None, 0)):
+                _keep(task)
+                raise
+            if not task.close():
+                raise SystemExit(1) from None
+            raise
+        if not task.close():
+            raise SystemExit(1)
+
+
+@contextmanager
+def _at_sigterm(task: Task) -> Iterator[None]:
+    """Keep what is done when SIGTERM comes; a program's own handler is left alone."""
+    ours = _sigterm_is_free()
+    if ours:
+        _set_sigterm(task)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _set_sigterm(task: Task) -> None:
+    owner = os.getpid()
+
+    def terminated(signum: int, _frame: object) -> None:
+        if os.getpid() != owner:  # a forked child, whose end is its own affair
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        _Process.crashed = True
+        _keep(task)
+        raise SystemExit(EXIT_SIGTERM)
+
+    signal.signal(signal.SIGTERM, terminated)
+
+
+def _sigterm_is_free() -> bool:
+    """Say if the handler may be set: not by another thread, and not over a program's own."""
+    return (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+
+
+def _keep(task: Task) -> None:
+    """Write what is done; the process is ending badly already, and goes on ending."""
+    try:
+        task.flush()
+    except OSError as error:
+        _remark(f"what is done cannot be written: {error}")
+
+
+def _leave_by_exit() -> None:
+    """Without `run`: see to it that the receipt is written when the interpreter ends."""
+    if _Process.leaves_by_exit:
+        return
+    _Process.leaves_by_exit = True
+    task = _this_task()
+    before = sys.excepthook
+
+    def crashed(*details: Any) -> None:
+        _Process.crashed = True
+        before(*details)
+
+    sys.excepthook = crashed
+    if _sigterm_is_free():
+        _set_sigterm(task)
+    atexit.register(_at_exit, task, os.getpid())
+
+
+def _at_exit(task: Task, owner: int) -> None:
+    if os.getpid() != owner:
+        return
+    try:
+        if _Process.crashed:
+            task.flush()
+            return
+        told = task.close()
+    except OSError as error:
+        _remark(f"the receipt cannot be written: {error}")
+        told = False
+    if not told and not _Process.crashed:
+        # The only way to change the exit code now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+# --- Objects: file://, s3://, gs://, and URLs that are signed ---------------------------------
+
+
+class _CutOff(StorageError):
+    """The answer ended before its time."""
+
+
+class _Call(NamedTuple):
+    url: str
+    headers: dict[str, str]
+
+
+def _read(uri: str, most: int) -> bytes | None:
+    """Read an object of at most `most` bytes; None if there is none."""
+    stream = _open(uri)
+    if stream is None:
+        return None
+    with _whole(stream, uri):
+        data = stream.read(most + 1)
+        if len(data) > most:
+            raise StorageError(f"{_shown(uri)} has more than {most:,} bytes")
+    return data
+
+
+def _lines(uri: str) -> Iterator[bytes]:
+    stream = _open(uri)
+    if stream is None:
+        raise StorageError(f"there is no {_shown(uri)}")
+    with _whole(stream, uri):
+        held = b""
+        for line in stream:
+            # The last line is given on only when it is known to be whole.
+            if held:
+                yield held
+            held = line
+        _refuse_cut(stream, uri)
+        if held:
+            yield held
+
+
+@contextmanager
+def _whole(stream: IO[bytes], uri: str) -> Iterator[None]:
+    """Close a stream, and say if it broke."""
+    with stream:
+        try:
+            yield
+        except http.client.HTTPException as error:
+            raise _CutOff(f"{_shown(uri)} was cut off: {error!r}") from error
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise _CutOff(f"{_shown(uri)} was cut off: {error}") from error
+
+
+def _refuse_cut(stream: IO[bytes], uri: str) -> None:
+    left = getattr(stream, "length", None)
+    if left:
+        raise _CutOff(f"{_shown(uri)} was cut off, {left:,} bytes before its end")
+
+
+def _open(uri: str) -> IO[bytes] | None:
+    if uri.startswith("file://"):
+        try:
+            return open(_path(uri), "rb")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(f"cannot read {uri}: {error}") from error
+    return _send("GET", uri, None, only_new=False)
+
+
+def _create(uri: str, data: bytes) -> bool:
+    """Write an object whole unless it exists; False if it does."""
+    if uri.startswith("file://"):
+        return _write_file(uri, data, only_new=True)
+    answer = _send("PUT", uri, data, only_new=True)
+    if answer is None:
+        return False
+    answer.close()
+    return True
+
+
+def _replace(uri: str, data: bytes) -> None:
+    """Write an object whole, in place of an older one."""
+    if uri.startswith("file://"):
+        _write_file(uri, data, only_new=False)
+        return
+    answer = _send("PUT", uri, data, only_new=False)
+    if answer is not None:
+        answer.close()
+
+
+def _path(uri: str) -> str:
+    host, _, path = uri[len("file://") :].partition("/")
+    if host not in ("", "localhost"):
+        raise InputError(f"{uri} is relative or names a host: file:/// and the absolute path")
+    return "/" + unquote(path)
+
+
+def _write_file(uri: str, data: bytes, *, only_new: bool) -> bool:
+    path = _path(uri)
+    # Other writers of the same object have other names, on whichever machine they run.
+    draft = f"{path}.{uuid.uuid4().hex}.draft"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(draft, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if only_new:
+                _link(draft, path, data)
+            else:
+                os.replace(draft, path)
+        finally:
+            if os.path.lexists(draft):
+                os.unlink(draft)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise StorageError(f"cannot write {uri}: {error}") from error
+    return True
+
+
+def _link(draft: str, path: str, data: bytes) -> None:
+    try:
+        os.link(draft, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        # A bucket mounted as a directory, and the like: it knows no links.
+        with open(path, "xb") as file:
+            file.write(data)
+
+
+def _send(
+    method: str, uri: str, data: bytes | None, *, only_new: bool
+) -> http.client.HTTPResponse | None:
+    """Make the call until its answer is clear; None: not there (GET), there already (only_new)."""
+    problem = ""
+    for pause in (*PAUSES, None):
+        again = True
+        try:
+            return _urlopen(_call(method, uri, data, only_new=only_new), method, data)
+        except urllib.error.HTTPError as error:
+            said = error.read(2000).decode(errors="replace")
+            error.close()
+            if method == "GET" and error.code == 404 and "NoSuchBucket" not in said:
+                return None
+            if only_new and error.code == 412:
+                return None
+            problem = f"{error.code} {error.reason}: {' '.join(said.split())[:400]}"
+            # 409 is two conditional writes at once; 401 a token that has just run out.
+            again = error.code >= 500 or error.code in (401, 408, 409, 425, 429)
+            if uri.startswith("s3://") and _learn_region(uri, error.headers, said):
+                continue
+            _forget_credentials(error.code)
+        except (OSError, http.client.HTTPException) as error:
+            problem = str(error) or type(error).__name__
+        if pause is None or not again:
+            break
+        time.sleep(pause)
+    raise StorageError(f"cannot {'read' if method == 'GET' else 'write'} {_shown(uri)}: {problem}")
+
+
+def _urlopen(call: _Call, method: str, data: bytes | None) -> http.client.HTTPResponse:
+    request = urllib.request.Request(call.url, data=data, headers=call.headers, method=method)
+    response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=CALL_SECONDS)
+    return response
+
+
+def _call(method: str, uri: str, data: bytes | None, *, only_new: bool) -> _Call:
+    headers = {}
+    if data is not None:
+        headers["Content-Type"] = "application/json"
+    scheme = uri.partition("://")[0]
+    if scheme == "gs":
+        return _google_call(method, uri, headers, only_new=only_new)
+    if only_new:
+        headers["If-None-Match"] = "*"
+    if scheme == "s3":
+        return _s3_call(method, uri, headers, data or b"")
+    if scheme in ("https", "http"):
+        return _Call(uri, headers)
+    raise InputError(f"{_shown(uri)} is none of file://, s3://, gs:// and https://")
+
+
+def _shown(uri: str) -> str:
+    """Give a URI without what a signed one keeps secret."""
+    return uri.partition("?")[0]
+
+
+def _bucket_and_key(uri: str) -> list[str]:
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    if not bucket or not key:
+        raise InputError(f"{uri} names no bucket, or no object")
+    return [bucket, key]
+
+
+# --- Google Cloud Storage, by its JSON API ----------------------------------------------------
+
+
+class _Credentials(NamedTuple):
+    """Of AWS; or of Google, whose token is all there is."""
+
+    access_key: str
+    secret_key: str
+    token: str | None
+    until: float
+    """When they must be fetched anew, by the clock on the wall."""
+
+
+_kept: dict[str, _Credentials] = {}
+
+
+def _forget_credentials(status: int) -> None:
+    if status in (401, 403):
+        _kept.clear()
+
+
+def _google_call(method: str, uri: str, headers: dict[str, str], *, only_new: bool) -> _Call:
+    bucket, key = _bucket_and_key(uri)
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+    base = "https://storage.googleapis.com"
+    if emulator:
+        base = (emulator if "://" in emulator else f"http://{emulator}").rstrip("/")
+    else:
+        headers["Authorization"] = f"Bearer {_google_token()}"
+    if method == "GET":
+        return _Call(f"{base}/storage/v1/b/{bucket}/o/{quote(key, safe='')}?alt=media", headers)
+    query = {"uploadType": "media", "name": key}
+    if only_new:
+        query["ifGenerationMatch"] = "0"
+    return _Call(f"{base}/upload/storage/v1/b/{bucket}/o?{urlencode(query)}", headers)
+
+
+def _google_token() -> str:
+    given = os.environ.get("CLOUDSDK_AUTH_ACCESS_TOKEN")
+    if given:
+        return given
+    kept = _kept.get("google")
+    if kept is None or kept.until < time.time():
+        host = os.environ.get("GCE_METADATA_HOST") or "metadata.google.internal"
+        url = f"http://{host}/computeMetadata/v1/instance/service-accounts/default/token"
+        try:
+            found = json.loads(_ask(url, {"Metadata-Flavor": "Google"}))
+            until = time.time() + float(found["expires_in"]) - 60
+            kept = _kept["google"] = _Credentials("", "", found["access_token"], until)
+        except (OSError, KeyError, ValueError) as error:
+            raise StorageError(
+                "there is no token of Google here: no CLOUDSDK_AUTH_ACCESS_TOKEN, and no metadata "
+                f"server that gives one ({error!r})"
+            ) from error
+    return kept.token or ""
+
+
+def _ask(url: str, headers: dict[str, str], method: str = "GET") -> bytes:
+    """Ask the platform about itself; it is near, and no proxy stands between.
+
+    Raises:
+        OSError: no answer.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, headers=headers, method=method)
+    with opener.open(request, timeout=GRACE_SECONDS) as answer:
+        data: bytes = answer.read(1 << 20)
+    return data
+
+
+# --- Amazon S3, and what speaks like it -------------------------------------------------------
+
+_regions: dict[str, str] = {}
+
+
+def _s3_call(method: str, uri: str, headers: dict[str, str], data: bytes) -> _Call:
+    bucket, key = _bucket_and_key(uri)
+    region = _regions.get(bucket) or _own_region()
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    suffix = "amazonaws.com.cn" if region.startswith("cn-") else "amazonaws.com"
+    path = quote(key, safe="/-_.~")
+    if endpoint:
+        url = f"{endpoint.rstrip('/')}/{bucket}/{path}"
+    elif "." in bucket:  # no certificate covers it as the name of a host
+        url = f"https://s3.{region}.{suffix}/{bucket}/{path}"
+    else:
+        url = f"https://{bucket}.s3.{region}.{suffix}/{path}"
+    return _Call(url, _sign(method, url, headers, data, _aws_credentials(), region, _utc_now()))
+
+
+def _sign(
+    method: str,
+    url: str,
+    headers: dict[str, str],
+    data: bytes,
+    credentials: _Credentials,
+    region: str,
+    now: datetime,
+) -> dict[str, str]:
+    """Add the headers of AWS Signature Version 4; the path of the URL is quoted already."""
+    parts = urlsplit(url)
+    stamp = now.strftime("%Y%m%dT%H%M%SZ")
+    digest = hashlib.sha256(data).hexdigest()
+    signed = {**headers, "X-Amz-Date": stamp, "X-Amz-Content-SHA256": digest}
+    if credentials.token:
+        signed["X-Amz-Security-Token"] = credentials.token
+    lines = {name.lower(): value.strip() for name, value in signed.items()}
+    lines["host"] = parts.netloc
+    names = ";".join(sorted(lines))
+    canonical = "\n".join(
+        [
+            method,
+            parts.path or "/",
+            parts.query,
+            *(f"{name}:{lines[name]}" for name in sorted(lines)),
+            "",
+            names,
+            digest,
+        ]
+    )
+    scope = f"{stamp[:8]}/{region}/s3/aws4_request"
+    to_sign = "\n".join(
+        ["AWS4-HMAC-SHA256", stamp, scope, hashlib.sha256(canonical.encode()).hexdigest()]
+    )
+    key = f"AWS4{credentials.secret_key}".encode()
+    for part in (stamp[:8], region, "s3", "aws4_request", to_sign):
+        key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+    signed["Authorization"] = (
+        f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope}, "
+        f"SignedHeaders={names}, Signature={key.hex()}"
+    )
+    return signed
+
+
+def _own_region() -> str:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+
+
+def _learn_region(uri: str, headers: Any, said: str) -> bool:
+    """Take the bucket's region from an answer that says that it is another one."""
+    bucket = _bucket_and_key(uri)[0]
+    told = re.search("<Region>([a-z0-9-]+)</Region>", said)
+    region = headers.get("x-amz-bucket-region") or (told[1] if told else None)
+    if not region or region == (_regions.get(bucket) or _own_region()):
+        return False
+    _regions[bucket] = region
+    return True
+
+
+def _aws_credentials() -> _Credentials:
+    environ = os.environ
+    if environ.get("AWS_ACCESS_KEY_ID") and environ.get("AWS_SECRET_ACCESS_KEY"):
+        return _Credentials(
+            environ["AWS_ACCESS_KEY_ID"],
+            environ["AWS_SECRET_ACCESS_KEY"],
+            environ.get("AWS_SESSION_TOKEN"),
+            0,
+        )
+    kept = _kept.get("aws")
+    if kept is None or kept.until < time.time():
+        kept = _kept["aws"] = _fetched_credentials()
+    return kept
+
+
+def _fetched_credentials() -> _Credentials:
+    environ = os.environ
+    relative = environ.get("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+    url = environ.get("AWS_CONTAINER_CREDENTIALS_FULL_URI")
+    if relative:
+        url = f"http://169.254.170.2{relative}"
+    if environ.get("AWS_WEB_IDENTITY_TOKEN_FILE") and environ.get("AWS_ROLE_ARN"):
+        return _web_identity()
+    if url:
+        return _parsed(json.loads(_ask(url, _container_authorization())))
+    return _instance_credentials()
+
+
+def _container_authorization() -> dict[str, str]:
+    token = os.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN")
+    path = os.environ.get("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
+    if path:
+        with open(path) as file:
+            token = file.read().strip()
+    return {"Authorization": token} if token else {}
+
+
+def _web_identity() -> _Credentials:
+    """Change a Kubernetes service account's token into a role's credentials (EKS)."""
+    with open(os.environ["AWS_WEB_IDENTITY_TOKEN_FILE"]) as file:
+        token = file.read().strip()
+    region = _own_region()
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_STS") or os.environ.get("AWS_ENDPOINT_URL")
+    query = {
+        "Action": "AssumeRoleWithWebIdentity",
+        "Version": "2011-06-15",
+        "RoleArn": os.environ["AWS_ROLE_ARN"],
+        "RoleSessionName": os.environ.get("AWS_ROLE_SESSION_NAME") or "dispatcher",
+        "WebIdentityToken": token,
+    }
+    base = (endpoint or f"https://sts.{region}.amazonaws.com").rstrip("/")
+    request = urllib.request.Request(f"{base}/", data=urlencode(query).encode())
+    with urllib.request.urlopen(request, timeout=CALL_SECONDS) as answer:
+        text = answer.read(1 << 20).decode()
+    names = ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration")
+    found = {name: re.search(f"<{name}>([^<]*)</{name}>", text) for name in names}
+    return _parsed({name: match[1] for name, match in found.items() if match})
+
+
+def _instance_credentials() -> _Credentials:
+    base = (os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254").rstrip(
+        "/"
+    )
+    try:
+        wanted = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
+        token = _ask(f"{base}/latest/api/token", wanted, "PUT").decode()
+        headers = {"X-aws-ec2-metadata-token": token}
+        url = f"{base}/latest/meta-data/iam/security-credentials/"
+        role = _ask(url, headers).decode().split("\n")[0].strip()
+        return _parsed(json.loads(_ask(url + role, headers)))
+    except OSError as error:
+        raise StorageError(
+            "there are no credentials of AWS here: no AWS_ACCESS_KEY_ID, no container or "
+            f"web identity credentials, and no instance that has some ({error})"
+        ) from error
+
+
+def _parsed(found: Mapping[str, Any]) -> _Credentials:
+    try:
+        end = datetime.strptime(str(found["Expiration"])[:19] + "Z", "%Y-%m-%dT%H:%M:%S%z")
+        until = end - timedelta(seconds=60)
+        token = found.get("SessionToken") or found.get("Token")
+        return _Credentials(
+            found["AccessKeyId"], found["SecretAccessKey"], token, until.timestamp()
+        )
+    except (KeyError, ValueError) as error:
+        raise StorageError(f"the platform's credentials cannot be understood: {error}") from None
+
+
+# --- The wrapper -----------------------------------------------------------------------------
+
+USAGE = """usage: container.py exec [--each | --receipt] [--] COMMAND [ARGUMENT ...]
+
+  (neither)   give the command its task's input, and become the command
+  --receipt   run it, and write a receipt that every item succeeded if it exits with 0
+  --each      run it once for every item, and write a receipt of how each of them ended;
+              {item} in an argument, and the variable ITEM, are the item
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit code.
+
+    64: wrong usage; 65: an input that cannot be used; 75: storage that cannot be reached or that
+    refuses; 94: another execution has claimed the work; 126 and 127: as in a shell.
+    """
+    words = list(argv)
+    mode = ""
+    if words[:1] == ["exec"]:
+        words.pop(0)
+        if words and words[0] in ("--each", "--receipt"):
+            mode = words.pop(0)
+        if words[:1] == ["--"]:
+            words.pop(0)
+        elif words and words[0].startswith("-"):
+            words = []
+    else:
+        words = []
+    if not words:
+        sys.stderr.write(USAGE)
+        return EXIT_USAGE
+    try:
+        claim()
+        task = Task()
+        environ = _environment(task, items_too=mode != "--each")
+        command = [*words, *_texts(task.line.get("args", []), "args")]
+        if mode == "--each":
+            return _Supervisor(task).run_each(command, environ)
+        if mode == "--receipt":
+            return _Supervisor(task).run_all(command, environ)
+        return _become(command, environ)
+    except ValueError as error:
+        _remark(str(error))
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        _remark(str(error))
+        return EXIT_TRY_AGAIN
+
+
+def _environment(task: Task, *, items_too: bool) -> dict[str, str]:
+    """Make the command's environment: this one, with what its task was given."""
+    environ = dict(os.environ)
+    for name in ("DISPATCH_INPUT", "DISPATCH_INPUT_URI", "DISPATCH_CLAIM_URI"):
+        environ.pop(name, None)
+    own = task.line.get("env", {})
+    if not isinstance(own, dict):
+        raise InputError("`env` in the input is not an object")
+    _texts([*own, *own.values()], "env")
+    environ.update(own)
+    environ["DISPATCH_TASK_INDEX"] = str(task.index)
+    environ["DISPATCH_ATTEMPT"] = str(task.attempt)
+    if task.chunk is not None:
+        environ["DISPATCH_CHUNK"] = str(task.chunk)
+    if task.result_uri:
+        environ["DISPATCH_RESULT_URI"] = task.result_uri
+    if task.progress_uri:
+        environ["DISPATCH_PROGRESS_URI"] = task.progress_uri
+    environ.pop("DISPATCH_ITEMS", None)
+    if items_too:
+        environ.update(_items_variable(task.items))
+    for name, value in environ.items():
+        if not _fits(name, value):
+            raise InputError(
+                f"the variable {name} would have {len(os.fsencode(value)):,} bytes, and Linux "
+                "takes 128 KiB: make the job's chunks smaller, or read DISPATCH_ITEMS_FILE"
+            )
+    return environ
+
+
+def _items_variable(values: list[Any]) -> dict[str, str]:
+    text = _json(values)
+    if _fits("DISPATCH_ITEMS", text):
+        return {"DISPATCH_ITEMS": text}
+    number, path = tempfile.mkstemp(prefix="dispatch-items-", suffix=".json")
+    with os.fdopen(number, "wb") as file:
+        file.write(text.encode())
+    return {"DISPATCH_ITEMS_FILE": path}
+
+
+def _fits(name: str, value: str) -> bool:
+    return len(os.fsencode(name)) + 1 + len(os.fsencode(value)) <= MAX_VARIABLE_BYTES
+
+
+def _texts(values: Any, name: str) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+        raise InputError(f"`{name}` in the input must hold nothing but texts")
+    if any("\0" in one for one in values):
+        raise InputError(f"`{name}` in the input holds a NUL, which no program can be given")
+    return values
+
+
+def _become(command: list[str], environ: Mapping[str, str]) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execvpe(command[0], command, environ)  # noqa: S606 -- becoming it is the purpose
+    except OSError as error:
+        return _not_started(command[0], error)
+
+
+def _not_started(program: str, error: OSError) -> int:
+    _remark(f"cannot run {program}: {error.strerror or error}")
+    if isinstance(error, FileNotFoundError):
+        return 127
+    return 126
+
+
+class _Supervisor:
+    """Runs the command as a child, hands signals on, and keeps the receipt."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.child: subprocess.Popen[bytes] | None = None
+        self.stopped = False
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(signum, self._hand_on)
+
+    def run_all(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
+        try:
+            code = self._run(command, environ)
+        except OSError as error:
+            return _not_started(command[0], error)
+        if code == 0 and not self.stopped:
+            for position in range(len(self.task.items)):
+                self.task.report_at(position, ok=True)
+            self.task.close()
+        return code if code >= 0 else 128 - code
+
+    def run_each(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
+        if shutil.which(command[0], path=environ.get("PATH")) is None:
+            _remark(f"cannot run {command[0]}: there is no such program")
+            return 127
+        failed = False
+        for position, item in enumerate(self.task.items):
+            if self.stopped:
+                break
+            text = item if isinstance(item, str) else _json(item)
+            error = self._run_one(position, text, command, environ)
+            if self.stopped:
+                break  # it was told to stop: not even 0 says that the item is done
+            self.task.report_at(position, ok=error is None, error=error)
+            failed = failed or error is not None
+        if self.stopped and self.task.unreported:
+            _keep(self.task)
+            return EXIT_SIGTERM
+        self.task.close()
+        return 1 if failed else 0
+
+    def _run_one(
+        self, position: int, text: str, command: Sequence[str], environ: Mapping[str, str]
+    ) -> str | None:
+        """Run the command for one item; returns what went wrong."""
+        if "\0" in text or not _fits("ITEM", text):
+            return "the item holds a NUL or has more than 128 KiB: no program can be given it"
+        # Only the first word is left as it is: an item does not choose the program.
+        words = [command[0], *(word.replace("{item}", text) for word in command[1:])]
+        try:
+            code = self._run(words, {**environ, "ITEM": text, "ITEM_INDEX": str(position)})
+        except OSError as error:
+            return f"cannot run {command[0]}: {error.strerror or error}"
+        if code < 0:
+            return f"killed by {_signal_name(-code)}"
+        return f"exit code {code}" if code else None
+
+    def _run(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
+        self.child = subprocess.Popen(command, env=environ)
+        if self.stopped:  # between the last look and the start
+            self.child.terminate()
+        try:
+            return self.child.wait()
+        finally:
+            self.child = None
+
+    def _hand_on(self, signum: int, _frame: object) -> None:
+        self.stopped = True
+        _keep(self.task)
+        if self.child is not None:
+            self.child.send_signal(signum)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _script() -> NoReturn:
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    _script()

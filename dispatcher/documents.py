@@ -1,0 +1,58 @@
+"""The input document: what each task of an execution works on, as one JSON line a task. Pure.
+
+It is needed where all tasks of an execution are given one environment, or where the items of a
+single task are too large for the launch call. Line *i* belongs to task index *i*, so that a shell
+finds its own with `sed -n "$((i + 1))p"`, and one URL, signed or not, serves every task. The same
+rows give the same document, to the byte: it is written create-only under the execution's key, and a
+launch that is repeated finds its own document there.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+from dispatcher.backends.base import BackendLimits, LaunchRequest, TaskInput
+
+__all__ = ["DOCUMENT_BYTES", "document", "input_path", "needs_document", "result_prefix"]
+
+DOCUMENT_BYTES: Final = 32 << 20
+"""A document is read whole by each of its tasks: packs are cut so that it stays below this."""
+
+LINE_BYTES: Final = 256
+"""What a line takes beside its items, about, where the job has no templates for each chunk."""
+
+
+def needs_document(request: LaunchRequest, limits: BackendLimits) -> bool:
+    """Say if the tasks learn their input from a document: else it is in each task's environment."""
+    if request.wrapped or (len(request.tasks) > 1 and not limits.per_task_env):
+        return True
+    return any(len(task.items.encode()) > limits.inline_bytes for task in request.tasks)
+
+
+def document(request: LaunchRequest) -> str:
+    """Write the input document of an execution; each line ends with a line feed."""
+    return "".join(_line(task, wrapped=request.wrapped) for task in request.tasks)
+
+
+def input_path(request: LaunchRequest) -> str:
+    """Name the document within the storage."""
+    return f"inputs/{request.batch_id}/{request.key}.jsonl"
+
+
+def result_prefix(request: LaunchRequest) -> str:
+    """Name the place within the storage where the tasks of an execution write their results."""
+    return f"results/{request.batch_id}/{request.key}/"
+
+
+def _line(task: TaskInput, *, wrapped: bool) -> str:
+    # The items are JSON text already. A line feed in them can only be between values.
+    items = task.items.replace("\n", " ").replace("\r", " ")
+    line = f'{{"chunk":{task.chunk_index},"attempt":{task.attempt},"items":{items}'
+    if wrapped:
+        line += f',"args":{_json(task.args)},"env":{_json(dict(task.env))}'
+    return line + "}\n"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

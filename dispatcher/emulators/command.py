@@ -1,0 +1,301 @@
+"""`dispatcher emulate`: emulators of clouds from the command line.
+
+Options and help are here. An emulator and Google's packages are imported only when it is started,
+so that other commands stay quick and work without the extra.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from dispatcher.errors import ConfigurationError, Unreachable
+
+if TYPE_CHECKING:
+    from dispatcher.emulators.cloud_run import CloudRunEmulator
+
+__all__ = ["register"]
+
+Quota = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Calls a minute before a 429; else any."),
+]
+
+DEFINITION_KEYS: Final = frozenset(
+    {
+        "image",
+        "container",
+        "command",
+        "args",
+        "env",
+        "limits",
+        "parallelism",
+        "max_retries",
+        "timeout",
+        "task_count",
+    }
+)
+NAME_PARTS: Final = ("projects", "locations", "jobs")
+
+SAID: Final = """\
+Cloud Run Jobs, emulated on this machine only:
+  gRPC {grpc}
+  REST {rest}
+
+A target for it in the jobs file:
+  targets:
+    emulated:
+      backend: cloud_run
+      project: my-project
+      region: europe-west1
+      transport: grpc        # or rest, with the other address
+      endpoint: {grpc}
+      insecure: true
+
+{jobs}
+It runs until ^C.
+"""
+
+
+def cloud_run(
+    scope: Any,
+    *,
+    image: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=COMMAND",
+            help="A container image, and the local command that stands for its entrypoint; may be "
+            "repeated. Other images do not exist.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    pretend: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Run nothing: every image exists, and each task succeeds after so long.",
+        ),
+    ] = None,
+    definitions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Cloud Run jobs that exist from the start, as YAML: "
+            "projects/P/locations/R/jobs/J: {image, container, command, args, env, limits, "
+            "parallelism, max_retries, timeout (seconds), task_count}.",
+        ),
+    ] = None,
+    faults: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help='What goes wrong, as JSON: [{"fault": "lose_reply", "on": "Jobs.RunJob", '
+            '"share": 0.3}].',
+        ),
+    ] = None,
+    grpc_port: Annotated[
+        int, typer.Option(metavar="PORT", help="Loopback port of gRPC.", show_default="a free one")
+    ] = 0,
+    rest_port: Annotated[
+        int, typer.Option(metavar="PORT", help="Loopback port of REST.", show_default="a free one")
+    ] = 0,
+    latency: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long each call takes.")
+    ] = 0.0,
+    parallel: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes at once, over all executions.")
+    ] = 16,
+    stop_grace: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="From SIGTERM to SIGKILL.")
+    ] = 10.0,
+    retention: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Completed executions kept per job.")
+    ] = 1000,
+    run_per_minute: Quota = None,
+    read_per_minute: Quota = None,
+    write_per_minute: Quota = None,
+    logs_per_minute: Quota = None,
+    max_running: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Executions at once per region; off if not given."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of names and faults, for the same ones again.")
+    ] = None,
+) -> int:
+    """Serve Cloud Run Jobs on this machine until ^C.
+
+    The real client library works against it, over gRPC and REST; tasks are local processes. Nothing
+    is kept when it ends. Needs the extra `cloud_run`.
+
+    With --json: {grpc, rest, jobs} in one line, once it serves.
+    """
+    _check_extra()
+    from dispatcher.emulators.cloud_run import CloudRunEmulator, EmulatorOptions  # noqa: PLC0415 - needs the extra, and is slow to import
+    from dispatcher.emulators.cloud_run.faults import from_json  # noqa: PLC0415 - as above
+    from dispatcher.emulators.cloud_run.processes import ProcessRunner  # noqa: PLC0415 - as above
+    from dispatcher.emulators.cloud_run.scripted import ScriptRunner  # noqa: PLC0415 - as above
+
+    if bool(image) == (pretend is not None):
+        raise ConfigurationError(
+            "give either --image NAME=COMMAND, to run tasks as processes, or --pretend SECONDS"
+        )
+    options = EmulatorOptions(
+        grpc_port=grpc_port,
+        rest_port=rest_port,
+        latency=latency,
+        retention=retention,
+        max_running=max_running,
+        run_per_minute=run_per_minute,
+        read_per_minute=read_per_minute,
+        write_per_minute=write_per_minute,
+        logs_per_minute=logs_per_minute,
+        seed=seed,
+    )
+    runner = (
+        ScriptRunner(lambda _: pretend)
+        if pretend is not None
+        else ProcessRunner(_images(image), stop_grace=stop_grace, limit=parallel)
+    )
+    emulator = CloudRunEmulator(
+        runner=runner, faults=from_json(faults) if faults else (), options=options
+    )
+    jobs = [_define(emulator, name, given) for name, given in _definitions(definitions).items()]
+    with _until_signalled() as over, _opened(emulator):
+        _announce(emulator, jobs, as_json=scope.as_json)
+        over.wait()
+    return 0
+
+
+def register(
+    command: Callable[[typer.Typer, str], Callable[[Callable[..., int]], object]],
+) -> typer.Typer:
+    """Make the group `emulate`; `command` is that of `dispatcher.cli`, which imports this."""
+    group = typer.Typer(
+        name="emulate",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        help="Serve an emulator of a cloud on this machine.",
+    )
+    # A group of one command would take that command's place without a callback of its own.
+    group.callback()(_group)
+    command(group, "cloud-run")(cloud_run)
+    return group
+
+
+def _group() -> None:
+    """Serve an emulator of a cloud on this machine."""
+
+
+def _check_extra() -> None:
+    try:
+        import google.cloud.logging_v2  # noqa: PLC0415 - only looked for
+        import google.cloud.run_v2  # noqa: F401, PLC0415 - only looked for
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"the emulator of Cloud Run needs Google's client library ({error.name} is missing): "
+            "pip install 'dispatcher[cloud_run]'"
+        ) from error
+
+
+def _images(given: Sequence[str]) -> dict[str, list[str]]:
+    images = {}
+    for one in given:
+        name, found, command = one.partition("=")
+        try:
+            words = shlex.split(command)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"--image {one}: the command cannot be read: {error}"
+            ) from error
+        if not (name and found and words):
+            raise ConfigurationError(f"--image {one}: expected NAME=COMMAND, such as app=./main.py")
+        images[name] = words
+    return images
+
+
+def _definitions(path: Path | None) -> Mapping[str, Mapping[str, Any]]:
+    if path is None:
+        return {}
+    import yaml  # noqa: PLC0415 - only for those who give a file
+
+    try:
+        given = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path}: the jobs cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigurationError(f"{path}: expected projects/P/locations/R/jobs/J: {{image: ...}}")
+    for name, one in given.items():
+        parts = str(name).split("/")
+        if len(parts) != 2 * len(NAME_PARTS) or tuple(parts[::2]) != NAME_PARTS:
+            raise ConfigurationError(f"{path}: {name!r} is not projects/P/locations/R/jobs/J")
+        unknown = one.keys() - DEFINITION_KEYS if isinstance(one, dict) else {"such value"}
+        if unknown:
+            raise ConfigurationError(
+                f"{path}: {name} has no {', '.join(sorted(map(str, unknown)))}; allowed: "
+                f"{', '.join(sorted(DEFINITION_KEYS))}"
+            )
+    return given
+
+
+def _define(emulator: CloudRunEmulator, name: str, given: Mapping[str, Any]) -> str:
+    from dispatcher.emulators.cloud_run import Refused  # noqa: PLC0415 - needs the extra
+
+    _, project, _, region, _, job = name.split("/")
+    try:
+        return emulator.world.define(project, region, job, **given)
+    except (Refused, TypeError, ValueError) as error:
+        raise ConfigurationError(f"the job {name} cannot be: {error}") from error
+
+
+@contextmanager
+def _opened(emulator: CloudRunEmulator) -> Iterator[None]:
+    try:
+        emulator.__enter__()
+    except (OSError, RuntimeError) as error:
+        raise Unreachable(f"the emulator cannot listen: {error}") from error
+    try:
+        yield
+    finally:
+        emulator.__exit__(None, None, None)
+
+
+@contextmanager
+def _until_signalled() -> Iterator[threading.Event]:
+    """Give an event that SIGINT and SIGTERM set."""
+    over = threading.Event()
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        over.set()
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield over
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _announce(emulator: CloudRunEmulator, jobs: Sequence[str], *, as_json: bool) -> None:
+    if as_json:
+        facts = {"grpc": emulator.grpc_address, "rest": emulator.rest_url, "jobs": list(jobs)}
+        text = json.dumps(facts) + "\n"
+    else:
+        text = SAID.format(
+            grpc=emulator.grpc_address,
+            rest=emulator.rest_url,
+            jobs="".join(f"  {name}\n" for name in jobs)
+            and "Jobs:\n" + "".join(f"  {name}\n" for name in jobs),
+        )
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,68 @@
+"""What the providers' own definitions fix, read outside of every transaction and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+from typing import Final
+
+import structlog
+
+from dispatcher.backends.base import Backend, BackendError, Definition, Unavailable
+from dispatcher.engine.place import report_breach
+from dispatcher.requests import Plan
+
+__all__ = ["Definitions"]
+
+log = structlog.get_logger(__name__)
+
+REMEMBERED: Final = 300.0
+"""Seconds for which a definition is taken to be as it was read."""
+
+
+class Definitions:
+    """The definitions that the jobs of one target name.
+
+    Whoever needs one that has not been read goes without it in this turn; `read` reads it then, and
+    the next turn has it.
+    """
+
+    def __init__(self, backend: Backend, monotonic: Callable[[], float]) -> None:
+        self._backend = backend
+        self._monotonic = monotonic
+        self._known: dict[str, tuple[Definition, float]] = {}
+        self._wanted: dict[str, Plan] = {}
+        self._lock = Lock()
+
+    def under(self, plan: Plan) -> Plan | None:
+        """Read a plan under its definition; None if that must be read first.
+
+        An old reading serves while the new one is awaited.
+        """
+        with self._lock:
+            known = self._known.get(plan.definition_key)
+            if known is None or self._monotonic() - known[1] > REMEMBERED:
+                self._wanted[plan.definition_key] = plan
+        return None if known is None else plan.under(known[0])
+
+    def read(self) -> bool:
+        """Read what was wanted; whether anything was.
+
+        Raises:
+            Unavailable: the provider cannot be asked now; what was wanted still is.
+        """
+        with self._lock:
+            wanted = dict(self._wanted)
+        for key, plan in wanted.items():
+            try:
+                found = self._backend.definition(plan.options)
+            except Unavailable:
+                raise
+            except Exception as error:  # noqa: BLE001 - the launch will be refused, and told of
+                report_breach(error, BackendError)
+                log.warning("definition cannot be read", job=plan.job.name, why=str(error))
+                found = Definition()
+            with self._lock:
+                self._known[key] = (found, self._monotonic())
+                self._wanted.pop(key, None)
+        return bool(wanted)

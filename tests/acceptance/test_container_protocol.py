@@ -1,0 +1,480 @@
+"""Programs as they run in containers: real processes, ended in every way, and what they leave.
+
+The protocol of docs/container.md is spoken by the helper, by its wrapper, and by the examples in
+Node.js and in POSIX shell; the same tests hold for each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from buckets import serve_gcs, serve_s3
+
+from dispatcher import container
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples" / "container"
+HELPER = Path(container.__file__)
+
+DOCUMENT = (
+    '{"chunk":12,"attempt":1,"items":["a","b"]}\n'
+    '{"chunk":40,"attempt":3,"items":["c","d d","e"],'
+    '"args":["--all"],"env":{"IDS":"c,d d,e"}}\n'
+)
+
+node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js here")
+curl = pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+
+
+class Container:
+    """A directory with the copied helper, and the environment that a platform would give."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        (path / "image").mkdir()
+        for file in (HELPER, EXAMPLES / "receipt.mjs", EXAMPLES / "receipt.sh"):
+            shutil.copy(file, path / "image")
+        (path / "input.jsonl").write_text(DOCUMENT)
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(path),
+            "DISPATCH_KEY": "k1",
+            "DISPATCH_INPUT_URI": (path / "input.jsonl").as_uri(),
+            "DISPATCH_RESULT_URI": f"{path.as_uri()}/results/k1/",
+            "CLOUD_RUN_TASK_INDEX": "1",
+            "CLOUD_RUN_EXECUTION": "job-abc",
+        }
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *command: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command,
+            cwd=self.path / "image",
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def python(self, program: str) -> subprocess.Popen[str]:
+        return self.start(
+            sys.executable, "-I", "-c", f"import sys\nsys.path.insert(0, '')\n{program}"
+        )
+
+    def wrapper(self, *words: str) -> subprocess.Popen[str]:
+        return self.start(sys.executable, "container.py", "exec", *words)
+
+    def shell(self, program: str) -> subprocess.Popen[str]:
+        return self.start("sh", "-c", f". ./receipt.sh\n{program}")
+
+    def node(self, work: str) -> subprocess.Popen[str]:
+        (self.path / "image" / "main.mjs").write_text(
+            f'import {{ run }} from "./receipt.mjs";\nawait run({work});\n'
+        )
+        return self.start("node", "main.mjs")
+
+    def receipt(self, name: str = "1.json") -> dict[str, Any] | None:
+        try:
+            return dict(json.loads((self.path / "results" / "k1" / name).read_text()))
+        except FileNotFoundError:
+            return None
+
+    def kept(self) -> list[dict[str, Any]] | None:
+        """Give the items of the receipt in progress; there must be no complete one."""
+        assert self.receipt() is None
+        found = self.receipt("1.progress.json")
+        if found is None:
+            return None
+        assert found["complete"] is False
+        return list(found["items"])
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in (self.path / "results" / "k1").glob("*"))
+
+
+@pytest.fixture
+def box(tmp_path: Path) -> Iterator[Container]:
+    made = Container(tmp_path)
+    yield made
+    for process in made.started:
+        process.kill()
+        process.communicate()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=30)
+    return process.returncode, out, err
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+WORK = """
+import container, time
+with container.run() as task:
+    for item in task.items:
+        task.report(item, ok=item != "c", output=item, error="bad" if item == "c" else None)
+        if item == "d d":
+            {}
+"""
+
+
+class TestAProgram:
+    def test_that_ends_in_order_leaves_a_complete_receipt(self, box: Container) -> None:
+        assert ended(box.python(WORK.format("pass"))) == (0, "", "")
+        found = box.receipt()
+        assert found is not None
+        assert (found["complete"], found["chunk"], found["attempt"]) == (True, 40, 3)
+        assert found["items"] == [
+            {"i": 0, "ok": False, "output": "c", "error": "bad"},
+            {"i": 1, "ok": True, "output": "d d"},
+            {"i": 2, "ok": True, "output": "e"},
+        ]
+        assert box.files() == ["1.json"]
+
+    @pytest.mark.parametrize(
+        ("end", "code"), [("raise OSError('no')", 1), ("sys.exit(7)", 7), ("sys.exit('no')", 1)]
+    )
+    def test_that_ends_badly_leaves_what_it_did(self, end: str, code: int, box: Container) -> None:
+        assert ended(box.python(WORK.format(end)))[0] == code
+        assert [entry["i"] for entry in box.kept() or []] == [0, 1]
+
+    def test_that_is_killed_hard_leaves_what_it_did_until_seconds_ago(self, box: Container) -> None:
+        process = box.python(
+            "import container; container.PROGRESS_SECONDS = 0.05\n"
+            + WORK.format("print('there', flush=True); time.sleep(60)")
+        )
+        until(box.kept)
+        until(lambda: len(box.kept() or []) == 2)
+        process.kill()
+        ended(process)
+        assert [entry["i"] for entry in box.kept() or []] == [0, 1]
+
+    def test_that_is_told_to_stop_leaves_what_it_did_and_exits_with_143(
+        self, box: Container
+    ) -> None:
+        process = box.python(
+            WORK.format(
+                """
+            try:
+                print("there", flush=True)
+                time.sleep(60)
+            finally:
+                print("cleaned up")
+"""
+            )
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process) == (143, "cleaned up\n", "")
+        assert [entry["i"] for entry in box.kept() or []] == [0, 1]
+
+    def test_whose_claim_is_lost_does_nothing(self, box: Container) -> None:
+        box.env["DISPATCH_CLAIM_URI"] = (box.path / "claims" / "k1").as_uri()
+        (box.path / "claims").mkdir()
+        (box.path / "claims" / "k1").write_text("job-other")
+        code, out, err = ended(box.python("print('begun')\n" + WORK.format("pass")))
+        assert (code, out) == (94, "begun\n")
+        assert "belongs to execution job-other, and this is job-abc" in err
+        assert box.files() == []
+
+    def test_without_a_block_leaves_its_receipt_when_it_exits(self, box: Container) -> None:
+        plain = "import container\nfor i in container.items(): container.report(i, True)\n{}"
+        assert ended(box.python(plain.format("raise OSError")))[0] == 1
+        assert len(box.kept() or []) == 3
+        assert ended(box.python(plain.format("")))[0] == 0
+        found = box.receipt()
+        assert found is not None
+        assert found["complete"]
+
+    def test_without_a_block_keeps_what_it_did_when_it_is_told_to_stop(
+        self, box: Container
+    ) -> None:
+        process = box.python(
+            "import container, time; container.report_at(1, True)\n"
+            "print('there', flush=True); time.sleep(60)"
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 143
+        assert box.kept() == [{"i": 1, "ok": True}]
+
+    def test_whose_receipt_cannot_be_written_does_not_exit_with_0(self, box: Container) -> None:
+        (box.path / "results").touch()
+        plain = "import container\nfor i in container.items(): container.report(i, True)\n"
+        code, _, err = ended(box.python(plain))
+        assert code == 1
+        assert "the receipt cannot be written: cannot write file://" in err
+        assert ended(box.python(WORK.format("pass")))[0] == 1
+
+    def test_that_can_tell_nobody_of_its_failures_exits_with_1(self, box: Container) -> None:
+        del box.env["DISPATCH_RESULT_URI"]
+        code, _, err = ended(box.python(WORK.format("pass")))
+        assert code == 1
+        assert "items failed, and there is no DISPATCH_RESULT_URI to say so at" in err
+        assert ended(box.python("import container; container.report_at(0, False)"))[0] == 1
+
+    def test_its_forked_children_write_nothing(self, box: Container) -> None:
+        program = """
+import container, multiprocessing, os, signal
+context = multiprocessing.get_context("fork")
+with container.run() as task:
+    with context.Pool(2) as pool:
+        done = pool.map(str.upper, task.items)
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    for item, output in zip(task.items, done):
+        task.report(item, True, output)
+"""
+        assert ended(box.python(program))[:2] == (0, "")
+        assert box.files() == ["1.json"]
+
+
+class TestTheWrapper:
+    def test_gives_the_command_its_line_and_becomes_it(self, box: Container) -> None:
+        program = "echo $$ $* $IDS $DISPATCH_ITEMS $DISPATCH_ATTEMPT $DISPATCH_CHUNK; kill -9 $$"
+        process = box.wrapper("--", "sh", "-c", program, "name", "own")
+        code, out, err = ended(process)
+        assert (code, err) == (-signal.SIGKILL, "")
+        assert out == f'{process.pid} own --all c,d d,e ["c","d d","e"] 3 40\n'
+        assert box.files() == []
+
+    def test_hands_items_on_in_a_file_where_a_variable_cannot_hold_them(
+        self, box: Container
+    ) -> None:
+        line = json.dumps({"items": ["x" * 1000] * 200})
+        (box.path / "input.jsonl").write_text(f"{line}\n{line}\n")
+        box.env["TMPDIR"] = str(box.path)
+        program = (
+            "import container, os; print(len(container.items()), 'DISPATCH_ITEMS' in os.environ)"
+        )
+        process = box.wrapper(sys.executable, "-c", program)
+        assert ended(process) == (0, "200 False\n", "")
+
+    def test_refuses_a_variable_that_linux_would_not_take(self, box: Container) -> None:
+        line = json.dumps({"items": [1], "env": {"IDS": "x" * 140_000}})
+        (box.path / "input.jsonl").write_text(f"{line}\n{line}\n")
+        code, _, err = ended(box.wrapper("true"))
+        assert code == 65
+        assert "the variable IDS would have 140,000 bytes, and Linux takes 128 KiB" in err
+
+    def test_says_by_its_exit_code_what_was_wrong(self, box: Container) -> None:
+        assert ended(box.wrapper())[0] == 64
+        assert ended(box.wrapper("--what", "true"))[0] == 64
+        assert ended(box.start(sys.executable, "container.py"))[2].startswith("usage: container.py")
+        assert ended(box.wrapper("no-such-program"))[0] == 127
+        assert ended(box.wrapper("--each", "no-such-program"))[0] == 127
+        assert ended(box.wrapper("--receipt", "no-such-program"))[0] == 127
+        assert ended(box.wrapper("/"))[0] == 126
+        (box.path / "input.jsonl").write_text("{}\n{}\n")
+        assert ended(box.wrapper("true"))[0] == 65
+        (box.path / "input.jsonl").unlink()
+        assert ended(box.wrapper("true"))[0] == 75
+
+    def test_claims_before_it_begins(self, box: Container) -> None:
+        box.env["DISPATCH_CLAIM_URI"] = (box.path / "claims" / "k1").as_uri()
+        assert ended(box.wrapper("sh", "-c", "echo ${DISPATCH_CLAIM_URI-none}"))[1] == "none\n"
+        box.env["CLOUD_RUN_EXECUTION"] = "job-double"
+        code, out, err = ended(box.wrapper("echo", "begun"))
+        assert (code, out) == (94, "")
+        assert "belongs to execution job-abc" in err
+
+    def test_runs_one_process_an_item_and_tells_of_each(self, box: Container) -> None:
+        program = (
+            'echo "$1 $ITEM $ITEM_INDEX"; [ "$ITEM" != c ] || exit 3; '
+            '[ "$ITEM" != e ] || kill -9 $$'
+        )
+        code, out, _ = ended(box.wrapper("--each", "--", "sh", "-c", program, "sh", "<{item}>"))
+        assert (code, out) == (1, "<c> c 0\n<d d> d d 1\n<e> e 2\n")
+        found = box.receipt()
+        assert found is not None
+        assert found["complete"]
+        assert found["items"] == [
+            {"i": 0, "ok": False, "error": "exit code 3"},
+            {"i": 1, "ok": True},
+            {"i": 2, "ok": False, "error": "killed by SIGKILL"},
+        ]
+
+    def test_told_to_stop_between_items_it_keeps_the_finished_ones(self, box: Container) -> None:
+        # A program that ends politely with 0 has not done its item for that.
+        stops = "trap 'exit 0' TERM; echo there; while :; do sleep 0.01; done"
+        process = box.wrapper("--each", "sh", "-c", f'[ "$ITEM" = c ] || {{ {stops}; }}')
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 143
+        assert box.kept() == [{"i": 0, "ok": True}]
+
+    def test_can_tell_for_a_command_that_all_items_succeeded(self, box: Container) -> None:
+        assert ended(box.wrapper("--receipt", "sh", "-c", "exit 7"))[0] == 7
+        assert ended(box.wrapper("--receipt", "sh", "-c", "kill -9 $$"))[0] == 137
+        assert box.files() == []
+        assert ended(box.wrapper("--receipt", "sh", "-c", "echo $IDS"))[:2] == (0, "c,d d,e\n")
+        found = box.receipt()
+        assert found is not None
+        assert [entry["ok"] for entry in found["items"]] == [True, True, True]
+
+    def test_hands_a_signal_on_to_its_command(self, box: Container) -> None:
+        program = 'trap "echo heard; exit 9" TERM; echo there; while :; do sleep 0.01; done'
+        process = box.wrapper("--receipt", "sh", "-c", program)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[:2] == (9, "heard\n")
+        assert box.receipt() is None
+
+
+JAVASCRIPT = "async (item) => { if (item === 'c') throw new Error('bad'); return item; }"
+
+
+class TestOtherLanguages:
+    @node
+    def test_node_leaves_a_complete_receipt(self, box: Container) -> None:
+        assert ended(box.node(JAVASCRIPT)) == (1, "", "")
+        found = box.receipt()
+        assert found is not None
+        assert found.pop("written_at")
+        assert found == {
+            "version": 1,
+            "key": "k1",
+            "task": 1,
+            "chunk": 40,
+            "attempt": 3,
+            "complete": True,
+            "items": [
+                {"i": 0, "ok": False, "error": "Error: bad"},
+                {"i": 1, "ok": True, "output": "d d"},
+                {"i": 2, "ok": True, "output": "e"},
+            ],
+        }
+        assert "there is a receipt at" in ended(box.node(JAVASCRIPT))[2]
+
+    @node
+    def test_node_keeps_what_it_did_when_it_is_told_to_stop(self, box: Container) -> None:
+        process = box.node(
+            "async (item) => { if (item === 'd d') { console.log('there'); "
+            "await new Promise((end) => setTimeout(end, 60000)); } }"
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 143
+        assert box.kept() == [{"i": 0, "ok": True}]
+
+    @node
+    def test_node_claims_and_writes_at_google(self, box: Container) -> None:
+        with serve_gcs() as gcs:
+            gcs.objects["in/k1"] = DOCUMENT.encode()
+            box.env["STORAGE_EMULATOR_HOST"] = gcs.url
+            box.env["DISPATCH_CLAIM_URI"] = "gs://bucket/claims/k1"
+            box.env["DISPATCH_INPUT_URI"] = "gs://bucket/in/k1"
+            box.env["DISPATCH_RESULT_URI"] = "gs://bucket/results/k1/"
+            assert ended(box.node("() => 'x'.repeat(5000)")) == (0, "", "")
+            found = json.loads(gcs.objects["results/k1/1.json"])
+            uri = "gs://bucket/results/k1/1.output.0.json"
+            assert found["items"][0] == {"i": 0, "ok": True, "output_uri": uri}
+            assert gcs.objects["claims/k1"] == b"job-abc"
+            box.env["CLOUD_RUN_EXECUTION"] = "job-double"
+            assert ended(box.node(JAVASCRIPT))[0] == 94
+
+    def test_a_shell_leaves_a_complete_receipt(self, box: Container) -> None:
+        work = 'dispatch_each sh -c \'[ "$ITEM" != c ] || exit 3; echo "$ITEM"\''
+        assert ended(box.shell(work)) == (1, "d d\ne\n", "")
+        found = box.receipt()
+        assert found is not None
+        assert found.pop("written_at")
+        assert found == {
+            "version": 1,
+            "key": "k1",
+            "task": 1,
+            "chunk": 40,
+            "attempt": 3,
+            "complete": True,
+            "items": [
+                {"i": 0, "ok": False, "error": "exit code 3"},
+                {"i": 1, "ok": True},
+                {"i": 2, "ok": True},
+            ],
+        }
+        assert "there is a receipt already" in ended(box.shell(work))[2]
+        assert box.files() == ["1.json"]
+
+    def test_a_shell_needs_no_jq_for_plain_items(self, box: Container) -> None:
+        programs = box.path / "programs"
+        programs.mkdir()
+        for name in (
+            "sh",
+            "sed",
+            "tr",
+            "mktemp",
+            "cat",
+            "cp",
+            "ln",
+            "mv",
+            "rm",
+            "mkdir",
+            "dirname",
+        ):
+            (programs / name).symlink_to(str(shutil.which(name)))
+        for name in ("date", "paste"):
+            (programs / name).symlink_to(str(shutil.which(name)))
+        box.env["PATH"] = str(programs)
+        assert ended(box.shell("dispatch_each sh -c 'echo \"$ITEM\"'")) == (0, "c\nd d\ne\n", "")
+        box.env["DISPATCH_ITEMS"] = '[1,\n"b"]'
+        assert ended(box.shell("dispatch_each sh -c 'echo \"$ITEM\"'"))[1] == "1\nb\n"
+
+    def test_a_shell_keeps_what_it_did_when_it_is_told_to_stop(self, box: Container) -> None:
+        process = box.shell(
+            "dispatch_each sh -c '[ \"$ITEM\" = c ] || { echo there; exec sleep 60; }'"
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 143
+        assert box.kept() == [{"i": 0, "ok": True}]
+
+    @pytest.mark.parametrize(
+        "language", [pytest.param("node", marks=node), pytest.param("shell", marks=curl), "python"]
+    )
+    def test_every_language_reads_and_writes_signed_urls(
+        self, language: str, box: Container
+    ) -> None:
+        with serve_s3() as (_, s3):
+            s3.put_object(Bucket="bucket", Key="in", Body=DOCUMENT.encode())
+            address = {"Bucket": "bucket", "Key": "in"}
+            box.env["DISPATCH_INPUT_URI"] = s3.generate_presigned_url("get_object", address)
+            address = {"Bucket": "bucket", "Key": "out"}
+            box.env["DISPATCH_RESULT_URI"] = s3.generate_presigned_url("put_object", address)
+            for _ in range(2):
+                process = {
+                    "node": lambda: box.node("() => null"),
+                    "shell": lambda: box.shell("dispatch_each true"),
+                    "python": lambda: box.wrapper("--each", "true"),
+                }[language]()
+                code, _, err = ended(process)
+                assert code == 0
+            assert "already; it stands" in err
+            found = json.loads(s3.get_object(**address)["Body"].read())
+            assert found["items"] == [{"i": number, "ok": True} for number in range(3)]

@@ -1,0 +1,165 @@
+"""The contract on Cloud Run: over gRPC and REST against the emulator, and on a real project.
+
+Set DISPATCHER_TEST_CLOUD_RUN to "project/region/job" to run it for real. The job's image needs a
+shell as its entrypoint and nothing else, such as
+
+    gcloud run jobs create contract --image=docker.io/library/busybox --command=sh --max-retries=0
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import ClassVar, Literal
+
+import pytest
+
+from dispatcher.backends.base import Backend, Handle, LaunchRequest, TaskInput
+from dispatcher.backends.cloud_run import CloudRunBackend, CloudRunOptions, CloudRunSettings
+from dispatcher.emulators.cloud_run import CloudRunEmulator, TaskEnd, TaskStart
+from dispatcher.emulators.cloud_run.faults import clock_skew, stale_lists
+from dispatcher.emulators.cloud_run.options import EmulatorOptions
+from dispatcher.testing import BackendContract, Behaviour
+
+REAL = os.environ.get("DISPATCHER_TEST_CLOUD_RUN")
+
+# One line a task: how long, which exit code, and what to print, parted by "|".
+SCRIPT = """
+line=$(echo "$BEHAVIOURS" | sed -n "$((CLOUD_RUN_TASK_INDEX + 1))p")
+seconds=${line%% *} rest=${line#* }
+code=${rest%% *} text=${rest#* }
+[ -z "$text" ] || echo "$text" | tr '|' '\\n'
+[ "$seconds" = 0.0 ] || sleep "$seconds"
+exit "$code"
+"""
+
+
+def behave(start: TaskStart) -> TaskEnd:
+    seconds, code, text = start.env["BEHAVIOURS"].split("\n")[start.index].split(" ", 2)
+    return TaskEnd(
+        seconds=float(seconds),
+        exit_code=int(code),
+        lines=tuple(text.split("|")) if text else (),
+    )
+
+
+class CloudRunContract(BackendContract):
+    job: ClassVar[str] = "contract"
+    mode: ClassVar[Literal["shared", "strict"]] = "shared"
+    instance: str = "test"
+
+    def request(
+        self, key: str, tasks: Sequence[Behaviour], timeout: timedelta = timedelta(minutes=5)
+    ) -> LaunchRequest:
+        lines = "\n".join(f"{t.seconds} {t.exit_code} {'|'.join(t.lines)}" for t in tasks)
+        return LaunchRequest(
+            key=key,
+            instance=self.instance,
+            batch_id="b-1",
+            job="contract",
+            command=(),
+            tasks=tuple(
+                TaskInput(index, index, 1, "[]", ("-c", SCRIPT), {"BEHAVIOURS": lines})
+                for index in range(len(tasks))
+            ),
+            options=CloudRunOptions(job=self.job, max_tasks=10, mode=self.mode),
+            timeout=timeout,
+            parallelism=len(tasks),
+            intended_at=datetime.now(UTC),
+        )
+
+    def unknown(self, handle: Handle) -> Handle:
+        return f"{handle}no"
+
+
+class TestGrpc(CloudRunContract):
+    transport: ClassVar[Literal["grpc", "rest"]] = "grpc"
+    emulator: CloudRunEmulator
+
+    def prepare(self) -> None:
+        self.emulator.world.define("project-1", "europe-west1", self.job, container="main")
+
+    @pytest.fixture
+    def backend(self) -> Iterator[Backend]:
+        options = EmulatorOptions(page_size=2)
+        with CloudRunEmulator(script=behave, options=options) as self.emulator:
+            self.prepare()
+            address = {"grpc": self.emulator.grpc_address, "rest": self.emulator.rest_url}
+            yield CloudRunBackend(
+                "cloud",
+                CloudRunSettings(
+                    project="project-1",
+                    region="europe-west1",
+                    endpoint=address[self.transport],
+                    transport=self.transport,
+                    insecure=True,
+                    tasks_interval=timedelta(milliseconds=20),
+                ),
+            )
+
+    def runs(self, key: str) -> int:
+        starts = self.emulator.world.starts
+        return sum(s.env["DISPATCH_KEY"] == key and s.index == 0 for s in starts)
+
+
+class TestRest(TestGrpc):
+    transport = "rest"
+
+
+class TestStrict(TestGrpc):
+    mode = "strict"
+
+
+class TestListsThatLag(TestGrpc):
+    def prepare(self) -> None:
+        super().prepare()
+        self.emulator.faults.add(stale_lists(0.5))
+
+
+class TestAClockThatIsFiveMinutesBehind(TestGrpc):
+    def prepare(self) -> None:
+        super().prepare()
+        self.emulator.faults.add(clock_skew(-300))
+
+
+@pytest.mark.skipif(not REAL, reason="DISPATCHER_TEST_CLOUD_RUN names no project/region/job")
+@pytest.mark.timeout(1800)
+class TestARealProject(CloudRunContract):
+    patience = timedelta(minutes=15)
+
+    def step(self) -> None:
+        time.sleep(5)
+
+    @pytest.fixture(scope="class", autouse=True)
+    def _said_beforehand(self) -> None:
+        sys.__stderr__.write(  # type: ignore[union-attr]  # a terminal or a file, in a test run
+            f"\nThis runs the contract on Cloud Run, {REAL}: about 20 executions with 1 to 3 "
+            "tasks, half of them cancelled while they sleep, some 40 minutes in all. No job is "
+            "created or changed. At 1 vCPU and 512 MiB that is less than 0.10 USD, or within the free "
+            "tier.\n"
+        )
+
+    @pytest.fixture(scope="class")
+    def real(self) -> CloudRunBackend:
+        project, region, job = (REAL or "").split("/")
+        type(self).job = job
+        type(self).instance = f"test{uuid.uuid4().hex[:8]}"
+        settings = CloudRunSettings(project=project, region=region)
+        return CloudRunBackend("real", settings)
+
+    @pytest.fixture
+    def backend(self, real: CloudRunBackend) -> Iterator[Backend]:
+        yield real
+        for stray in real.strays(self.instance, datetime.now(UTC) - timedelta(hours=1)):
+            real.cancel(stray.handle)
+
+
+def test_behaviours_are_read_as_they_are_written() -> None:
+    request = TestGrpc().request("k", [Behaviour(), Behaviour(3, math.pi, ("a b", "c"))])
+    start = TaskStart("e", "j", 1, 2, 0, "i", (), (), request.tasks[0].env, 0.0)
+    assert behave(start) == TaskEnd(seconds=math.pi, exit_code=3, lines=("a b", "c"))

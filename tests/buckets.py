@@ -1,0 +1,169 @@
+"""A fake of Google Cloud Storage: as much of its XML and JSON APIs as writing receipts needs.
+
+It is a fake of ours and no proof of what Google does. It keeps to the documents in the one point
+that `gcp-storage-emulator` leaves out: a write with generation match 0 of an object that exists is
+answered 412.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+UPLOADS = "/upload/storage/v1/b/"
+OBJECTS = "/storage/v1/b/"
+
+
+class FakeGcs(ThreadingHTTPServer):
+    """One bucket, named `bucket`; `objects` are its content by key."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Api)
+        self.objects: dict[str, bytes] = {}
+        self.refused = ""
+        """A key of which nothing may be read or written: 403."""
+        self.seen: list[tuple[str, str, dict[str, str]]] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def account(self) -> str:
+        """Give the key file, for GOOGLE_SERVICE_ACCOUNT_KEY, that leads clients here."""
+        empty = dict.fromkeys(["client_email", "private_key", "private_key_id"], "")
+        return json.dumps({"gcs_base_url": self.url, "disable_oauth": True, **empty})
+
+
+class _Api(BaseHTTPRequestHandler):
+    server: FakeGcs
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        """The test's output is not the place."""
+
+    def do_GET(self) -> None:
+        bucket, key, query = self._target()
+        if "/computeMetadata/" in self.path:
+            assert self.headers["Metadata-Flavor"] == "Google"
+            self._answer(200, b'{"access_token":"of-the-platform","expires_in":3599}')
+        elif self._refused(bucket, key):
+            return
+        elif not key:
+            self._list(query.get("prefix", ""))
+        elif key in self.server.objects:
+            self._answer(200, self.server.objects[key])
+        else:
+            self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+
+    def do_PUT(self) -> None:
+        self._write()
+
+    def do_POST(self) -> None:
+        self._write()
+
+    def do_DELETE(self) -> None:
+        bucket, key, _ = self._target()
+        if not self._refused(bucket, key):
+            gone = self.server.objects.pop(key, None) is None
+            self._answer(404 if gone else 204, b"")
+
+    def _write(self) -> None:
+        bucket, key, query = self._target()
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        if self._refused(bucket, key):
+            return
+        match = self.headers["x-goog-if-generation-match"] or query.get("ifGenerationMatch")
+        with self.server.lock:
+            if match == "0" and key in self.server.objects:
+                status = 412
+            else:
+                status = 200
+                self.server.objects[key] = data
+        self._answer(status, b"{}" if status == 200 else b"<Error><Code>x</Code></Error>")
+
+    def _target(self) -> tuple[str, str, dict[str, str]]:
+        parts = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        self.server.seen.append((self.command, self.path, dict(self.headers.items())))
+        if parts.path.startswith(UPLOADS):
+            return parts.path[len(UPLOADS) :].split("/")[0], query["name"], query
+        if parts.path.startswith(OBJECTS):
+            bucket, _, key = parts.path[len(OBJECTS) :].partition("/o/")
+            return bucket, unquote(key), query
+        bucket, _, key = parts.path[1:].partition("/")
+        return bucket, unquote(key), query
+
+    def _refused(self, bucket: str, key: str) -> bool:
+        if bucket != "bucket":
+            text = b"<Error><Code>NoSuchBucket</Code><Message>It is not there.</Message></Error>"
+            self._answer(404, text)
+        elif key and key == self.server.refused:
+            self._answer(403, b"<Error><Code>AccessDenied</Code><Message>No.</Message></Error>")
+        else:
+            return False
+        return True
+
+    def _list(self, prefix: str) -> None:
+        rows = "".join(
+            f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>x</ETag>"
+            "<LastModified>2024-05-01T00:00:00.000Z</LastModified></Contents>"
+            for key, data in sorted(self.server.objects.items())
+            if key.startswith(prefix)
+        )
+        self._answer(200, f"<ListBucketResult>{rows}</ListBucketResult>".encode())
+
+    def _answer(self, status: int, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("ETag", '"one"')
+        self.send_header("x-goog-generation", "1")
+        self.send_header("Last-Modified", "Wed, 01 May 2024 00:00:00 GMT")
+        self.send_header("Content-Length", str(len(data) if status != 204 else 0))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@contextmanager
+def serve_gcs() -> Iterator[FakeGcs]:
+    """Run the fake until the block ends."""
+    with FakeGcs() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def serve_s3() -> Iterator[tuple[str, Any]]:
+    """Run moto's S3 on loopback with one bucket, `bucket`: its URL, and a client of boto3."""
+    import boto3  # noqa: PLC0415 -- both take a second, which few tests need
+    from moto.server import ThreadedMotoServer  # noqa: PLC0415 -- as above
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        url = f"http://{host}:{port}"
+        client = boto3.client(
+            "s3",
+            endpoint_url=url,
+            region_name="us-east-1",
+            aws_access_key_id="anyone",
+            aws_secret_access_key="anything",  # noqa: S106 -- of a server on loopback
+        )
+        client.create_bucket(Bucket="bucket")
+        yield url, client
+    finally:
+        server.stop()

@@ -1,0 +1,273 @@
+"""Input documents, what a definition fixes, and templates that hold a whole pack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workbench import HERE, Bench, job
+
+from dispatcher.backends.base import Definition, LaunchRequest, Rejected, Unavailable
+from dispatcher.errors import Unreachable
+from dispatcher.explaining import explain
+from dispatcher.states import Outcome
+from dispatcher.storage import Storage, StorageRefused
+from dispatcher.testing import Ending
+
+MakeBench = Callable[..., Bench]
+SHARED = {"per_task_env": False, "inline_bytes": 40}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(f"file://{tmp_path}/store")
+
+
+def lines(request: LaunchRequest) -> list[Any]:
+    assert request.input_uri is not None
+    path = Path(request.input_uri.removeprefix("file://"))
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_tasks_with_one_environment_find_their_items_in_a_document(
+    make_bench: MakeBench, storage: Storage
+) -> None:
+    bench = make_bench(job(options={"max_tasks": 3}), settings=SHARED, storage=storage)
+    batch = bench.enqueue(["ä", {"b": [1, 2]}, None])
+    bench.turn()
+    (request,) = bench.world.requests()
+    assert request.input_uri == storage.uri(f"inputs/{batch.id}/{request.key}.jsonl")
+    assert request.result_uri == storage.uri(f"results/{batch.id}/{request.key}/")
+    assert lines(request) == [
+        {"chunk": 0, "attempt": 1, "items": ["ä"]},
+        {"chunk": 1, "attempt": 1, "items": [{"b": [1, 2]}]},
+        {"chunk": 2, "attempt": 1, "items": [None]},
+    ]
+
+
+def test_a_retry_gets_a_document_of_what_failed_only(
+    make_bench: MakeBench, storage: Storage
+) -> None:
+    bench = make_bench(job(options={"max_tasks": 4}), settings=SHARED, storage=storage)
+    bench.world.script = lambda _batch, chunk, attempt: Ending(
+        Outcome.FAILED if attempt == 1 and chunk in {1, 3} else Outcome.SUCCEEDED
+    )
+    batch = bench.enqueue(["a", "b", "c", "d"])
+    bench.finish(batch)
+    first, second = bench.world.requests()
+    assert len(lines(first)) == 4
+    assert lines(second) == [
+        {"chunk": 1, "attempt": 2, "items": ["b"]},
+        {"chunk": 3, "attempt": 2, "items": ["d"]},
+    ]
+
+
+def test_a_small_input_needs_no_storage(make_bench: MakeBench) -> None:
+    bench = make_bench(
+        job(options={"max_tasks": 2}), settings={"per_task_env": False, "inline_bytes": 200}
+    )
+    batch = bench.enqueue([1, 2])
+    assert bench.finish(batch).state == "succeeded"
+    (request,) = bench.world.requests()
+    assert (request.input_uri, request.result_uri) == (None, None)
+
+
+def test_a_large_item_goes_by_reference_also_alone(make_bench: MakeBench, storage: Storage) -> None:
+    bench = make_bench(job(), settings={"inline_bytes": 100}, storage=storage)
+    bench.enqueue(["x" * 20, "y" * 200])
+    bench.turn()
+    small, large = bench.world.requests()
+    assert small.input_uri is None
+    assert lines(large) == [{"chunk": 1, "attempt": 1, "items": ["y" * 200]}]
+
+
+def test_an_entry_wrapper_finds_args_and_env_of_its_task_in_the_document(
+    make_bench: MakeBench, storage: Storage
+) -> None:
+    wrapped = job(
+        args=["--at", "{chunk.index}"],
+        env={"IDS": "{items:csv}"},
+        options={"max_tasks": 2, "wrapped": True},
+        chunk={"size": 2},
+    )
+    bench = make_bench(wrapped, settings=SHARED, storage=storage)
+    bench.enqueue(["a", "b", "c"])
+    bench.turn()
+    (request,) = bench.world.requests()
+    assert [(line["args"], line["env"]) for line in lines(request)] == [
+        (["--at", "0"], {"IDS": "a,b"}),
+        (["--at", "1"], {"IDS": "c"}),
+    ]
+
+
+def test_without_a_storage_what_needs_one_is_rejected_and_not_tried_again(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(job(options={"max_tasks": 3}), settings=SHARED)
+    batch = bench.enqueue(["a", "b", "c"])
+    bench.turn(3)
+    view = batch.refresh()
+    assert view.state == "failed"
+    assert bench.world.calls["launch"] == 0
+    (attempt,) = next(iter(bench.dispatcher.chunks(batch.id))).attempts
+    assert attempt.outcome == "rejected"
+    assert "set DISPATCHER_STORAGE_URL for the workers" in (attempt.reason or "")
+
+
+class FailingStorage(Storage):
+    """A storage that fails for a while."""
+
+    failures: list[Exception]
+
+    def create(self, path: str, data: bytes) -> bool:
+        if self.failures:
+            raise self.failures.pop()
+        return super().create(path, data)
+
+
+def test_a_storage_that_does_not_answer_postpones_the_launch_and_costs_nothing(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    storage = FailingStorage(f"file://{tmp_path}/store")
+    storage.failures = [Unreachable("timed out"), Unreachable("timed out")]
+    bench = make_bench(job(options={"max_tasks": 3}), settings=SHARED, storage=storage)
+    batch = bench.enqueue(["a", "b", "c"])
+    bench.until(lambda: batch.refresh().finished, "the batch ended", step=5)
+    assert batch.refresh().state == "succeeded"
+    assert [len(chunk.attempts) for chunk in bench.dispatcher.chunks(batch.id)] == [1, 1, 1]
+    assert len(bench.world.requests()) == 1
+
+
+def test_a_storage_that_refuses_rejects_the_launch_in_its_words(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    storage = FailingStorage(f"file://{tmp_path}/store")
+    storage.failures = [StorageRefused("no permission to write")]
+    bench = make_bench(job(options={"max_tasks": 3}), settings=SHARED, storage=storage)
+    batch = bench.enqueue(["a", "b", "c"])
+    bench.turn(3)
+    assert batch.refresh().state == "failed"
+    (attempt,) = next(iter(bench.dispatcher.chunks(batch.id))).attempts
+    assert attempt.reason == "the input document cannot be written: no permission to write"
+
+
+def test_a_repeated_launch_finds_its_own_document(make_bench: MakeBench, storage: Storage) -> None:
+    bench = make_bench(job(options={"max_tasks": 3}), settings=SHARED, storage=storage)
+    bench.enqueue(["a", "b", "c"])
+    bench.plan()
+    bench.intend()
+    bench.advance(120)
+    bench.engine.follow(HERE)
+    bench.engine.follow(HERE)
+    (request,) = bench.world.requests()
+    before = lines(request)
+    assert [line["items"] for line in before] == [["a"], ["b"], ["c"]]
+
+
+def test_old_documents_and_results_are_removed(make_bench: MakeBench, storage: Storage) -> None:
+    bench = make_bench(job(options={"max_tasks": 3}), settings=SHARED, storage=storage)
+    bench.enqueue(["a", "b", "c"])
+    bench.turn()
+    storage.create("results/b/k/0.json", b"{}")
+    bench.engine.clean(HERE)
+    assert len(list(storage.list("inputs/"))) == 1, "they are not old"
+    bench.advance(4000)
+    bench.engine._sweeper._keep = timedelta(days=-1)  # all of it is older than tomorrow
+    bench.engine.clean(HERE)
+    assert [o for p in ("inputs/", "results/") for o in storage.list(p)] == []
+
+
+# --- definitions ----------------------------------------------------------------------------------
+
+
+def test_the_parallelism_of_a_definition_decides_slots_and_deadlines(make_bench: MakeBench) -> None:
+    one = job(timeout="1h", options={"max_tasks": 200, "parallelism": 200})
+    bench = make_bench(one, settings={"parallelism": 2}, limits={"max_running": 3})
+    bench.script(seconds=7200)
+    bench.enqueue(range(200))
+    bench.turn()
+    (row,) = bench.sql("SELECT parallelism || ' of ' || open_tasks FROM dispatcher.execution")
+    assert row == "2 of 200", "it holds two slots, so one pack has room in three"
+    (hours,) = bench.sql(
+        "SELECT extract(epoch FROM deadline - start_deadline)::int / 3600 FROM dispatcher.execution"
+    )
+    assert hours == 100
+
+
+def test_a_start_deadline_is_not_held_against_tasks_that_wait_for_their_turn(
+    make_bench: MakeBench,
+) -> None:
+    one = job(timeout="1h", start_timeout="1m", options={"max_tasks": 6, "parallelism": 6})
+    bench = make_bench(one, settings={"parallelism": 2})
+    bench.script(seconds=300)
+    batch = bench.enqueue(range(6))
+    bench.turn(2)
+    bench.turn(2)
+    said = explain(bench.store, batch.id).text
+    assert "At most 2 of them run at the same time" in said
+    assert "the other 4 wait there for their turn" in said
+    bench.until(lambda: batch.refresh().finished, "the batch ended", step=20)
+    assert batch.refresh().state == "succeeded"
+
+
+def test_a_definition_is_asked_for_once_in_five_minutes(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    place = bench.engine.places[HERE]
+    asked: list[Any] = []
+    place.definitions._backend = _Asked(asked)  # type: ignore[assignment]  # only this is called
+    for _ in range(3):
+        bench.enqueue([1])
+        bench.turn(1)
+    assert len(asked) == 1
+    bench.enqueue([1])
+    bench.turn(301)
+    assert len(asked) == 2
+
+
+class _Asked:
+    """Answers for definitions and notes that it was asked."""
+
+    def __init__(self, asked: list[Any], *errors: Exception) -> None:
+        self._asked = asked
+        self._errors = list(errors)
+
+    def definition(self, options: Any) -> Definition:
+        self._asked.append(options)
+        if self._errors:
+            raise self._errors.pop(0)
+        return Definition()
+
+
+def test_while_a_definition_cannot_be_read_its_batches_wait(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    place = bench.engine.places[HERE]
+    place.definitions._backend = _Asked([], Unavailable("no route"))  # type: ignore[assignment]  # as above
+    batch = bench.enqueue([1])
+    bench.turn()
+    assert bench.world.calls["launch"] == 0
+    assert bench.sql("SELECT down_reason FROM dispatcher.target") == ["no route"]
+    bench.until(lambda: batch.refresh().finished, "the batch ended", step=5)
+
+
+def test_a_definition_that_is_not_there_leaves_the_refusal_to_the_launch(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench()
+    place = bench.engine.places[HERE]
+    place.definitions._backend = _Asked([], Rejected("no such job"))  # type: ignore[assignment]  # as above
+    bench.enqueue([1])
+    bench.turn()
+    assert bench.world.calls["launch"] == 1
+
+
+def test_the_request_says_when_it_was_meant(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.enqueue([1])
+    bench.turn()
+    (request,) = bench.world.requests()
+    assert request.intended_at is not None
+    assert abs(request.intended_at - datetime.now(UTC)) < timedelta(hours=1)
