@@ -517,7 +517,7 @@ def apply(
     scope: Scope,
     job: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[JOB]...", help="Only of these jobs.", show_default=False),
+        typer.Argument(metavar="JOB", help="Only of these jobs.", show_default=False),
     ] = None,
     *,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,

@@ -230,7 +230,9 @@ class Storage:
         return deleted + self._delete(page)
 
     def check(self) -> None:
-        """Write a probe below "checks/", read it, see that it cannot be written again, delete it.
+        """Look for a probe below "checks/", write it, read it, write it again in vain, delete it.
+
+        On S3 this needs s3:GetObject, PutObject, DeleteObject and ListBucket.
 
         Raises:
             StorageRefused: also where the storage lets objects be overwritten that `create` must
@@ -238,6 +240,8 @@ class Storage:
         """
         path = f"checks/{uuid.uuid4()}"
         data = b"Written by `dispatcher check`; it may be deleted.\n"
+        # Who may not list is told "forbidden" of what does not exist, and would never learn it.
+        self.read(path, 0)
         self.create(path, data)
         try:
             if self.read(path, len(data)) != data:

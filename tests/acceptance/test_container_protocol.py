@@ -250,6 +250,19 @@ with container.run() as task:
 """
         assert ended(box.python(program))[:2] == (0, "")
         assert box.files() == ["1.json"]
+        (box.path / "results" / "k1" / "1.json").unlink()
+        program = """
+import container, os
+container.report_at(0, True)
+child = os.fork()
+if child == 0:
+    sys.exit()
+os.waitpid(child, 0)
+container.report_at(1, True)
+container.report_at(2, True)
+"""
+        assert ended(box.python(program))[:2] == (0, "")
+        assert box.files() == ["1.json"]
 
 
 class TestTheWrapper:

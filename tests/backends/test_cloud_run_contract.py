@@ -140,8 +140,8 @@ class TestARealProject(CloudRunContract):
         sys.__stderr__.write(  # type: ignore[union-attr]  # a terminal or a file, in a test run
             f"\nThis runs the contract on Cloud Run, {REAL}: about 20 executions with 1 to 3 "
             "tasks, half of them cancelled while they sleep, some 40 minutes in all. No job is "
-            "created or changed. At 1 vCPU and 512 MiB that is less than 0.10 USD, or within the free "
-            "tier.\n"
+            "created or changed. At 1 vCPU and 512 MiB that is less than 0.10 USD, or within the "
+            "free tier.\n"
         )
 
     @pytest.fixture(scope="class")

@@ -40,7 +40,7 @@ class Cloud:
             self.executions = run_v2.ExecutionsClient(**options)
             self.tasks = run_v2.TasksClient(**options)
 
-    def run(self, name: str = JOB, **overrides: Any) -> run_v2.Execution:
+    def run(self, job: str = JOB, **overrides: Any) -> run_v2.Execution:
         """Run a job, with overrides for it or for its only container; returns the execution."""
         container = {
             key: overrides.pop(key)
@@ -53,7 +53,7 @@ class Cloud:
             ]
         if container:
             overrides["container_overrides"] = [Overrides.ContainerOverride(**container)]
-        request = run_v2.RunJobRequest(name=name)
+        request = run_v2.RunJobRequest(name=job)
         if overrides:
             request.overrides = Overrides(**overrides)
         execution: run_v2.Execution = self.jobs.run_job(request, timeout=10).metadata

@@ -165,9 +165,8 @@ def test_a_cancel_stops_what_runs_and_what_waits(opened: Open) -> None:
     assert completed(ended).state == State.CONDITION_FAILED
     results = [task.last_attempt_result.status.code for task in cloud.results(ended)]
     assert results == [0, 1, 1, 0, 0]
-    with pytest.raises(exceptions.GoogleAPICallError) as refused:
+    with pytest.raises(exceptions.BadRequest, match="has completed and cannot be cancelled"):
         cloud.executions.cancel_execution(name=execution.name)
-    assert refused.value.code == 400
 
 
 def test_a_deleted_execution_is_gone_and_its_tasks_have_stopped(opened: Open) -> None:
@@ -200,24 +199,24 @@ def test_lists_are_newest_first_paged_and_may_span_all_jobs(opened: Open) -> Non
     cloud.emulator.world.define("p", "elsewhere", "job")
     names = [cloud.run(name).name for name in (JOB, other, JOB, JOB, other)]
     cloud.run("projects/p/locations/elsewhere/jobs/job")
-    every = cloud.executions.list_executions(parent=f"{PARENT}/jobs/-", page_size=1000)
+    every = cloud.executions.list_executions({"parent": f"{PARENT}/jobs/-", "page_size": 1000})
     assert [one.name for one in every] == names[::-1]
     assert cloud.emulator.pages["Executions.ListExecutions"] == 1
     assert cloud.emulator.calls["Executions.ListExecutions"] == 2
-    page = next(cloud.executions.list_executions(parent=JOB, page_size=2).pages)
+    page = next(cloud.executions.list_executions({"parent": JOB, "page_size": 2}).pages)
     assert len(page.executions) == 2
     assert [job.name.rpartition("/")[2] for job in cloud.jobs.list_jobs(parent=PARENT)] == [
         "other",
         "job",
     ]
-    with pytest.raises(exceptions.InvalidArgument, match="page_token"):
+    with pytest.raises(exceptions.BadRequest, match="page_token"):
         list(cloud.executions.list_executions({"parent": JOB, "page_token": "nonsense"}))
 
 
 def test_a_new_execution_does_not_shift_the_next_page(opened: Open) -> None:
     cloud = opened()
     first, second = cloud.run().name, cloud.run().name
-    pages = cloud.executions.list_executions(parent=JOB, page_size=1).pages
+    pages = cloud.executions.list_executions({"parent": JOB, "page_size": 1}).pages
     assert [one.name for one in next(pages).executions] == [second]
     cloud.run()
     assert [one.name for one in next(pages).executions] == [first]
@@ -249,7 +248,7 @@ def test_a_job_is_created_updated_and_refused_a_second_time(opened: Open) -> Non
     newer = cloud.jobs.update_job(job=made).result(timeout=10)
     assert (newer.template.parallelism, newer.generation) == (4, 2)
     # `made` has the etag of the first version.
-    with pytest.raises(exceptions.Aborted if cloud.transport == "grpc" else exceptions.Conflict):
+    with pytest.raises(exceptions.Conflict):
         cloud.jobs.update_job(job=made)
 
 
@@ -279,7 +278,7 @@ def test_a_start_token_names_the_execution_and_starts_it_once(opened: Open) -> N
 def test_a_dry_run_checks_and_starts_nothing(opened: Open) -> None:
     cloud = opened()
     cloud.jobs.run_job(run_v2.RunJobRequest(name=JOB, validate_only=True))
-    with pytest.raises(exceptions.InvalidArgument):
+    with pytest.raises(exceptions.BadRequest):
         cloud.jobs.run_job(
             run_v2.RunJobRequest(
                 name=JOB, validate_only=True, overrides=Overrides(task_count=10_001)

@@ -88,8 +88,8 @@ def test_the_bounds_themselves_are_allowed() -> None:
         (
             {"timeout": "1m"},
             (
-                'overrides.timeout is "1m"; it must be left out, as the job allows no other than its '
-                "own"
+                'overrides.timeout is "1m"; it must be left out, as the job allows no other than '
+                "its own"
             ),
         ),
         (
@@ -123,8 +123,8 @@ def test_a_job_that_says_nothing_allows_nothing(overrides: Any, text: str) -> No
         (
             {"timeout": "soon"},
             (
-                'overrides.timeout is "soon"; it must be a duration such as 90s, 10m, 1h30m or 2d, or '
-                "a number of seconds"
+                'overrides.timeout is "soon"; it must be a duration such as 90s, 10m, 1h30m or 2d, '
+                "or a number of seconds"
             ),
         ),
         ({"args": "-x"}, 'overrides.args is "-x"; it must be a list'),
@@ -140,8 +140,8 @@ def test_a_job_that_says_nothing_allows_nothing(overrides: Any, text: str) -> No
         (
             {"env": {"DISPATCH_KEY": "mine"}},
             (
-                'overrides.env.DISPATCH_KEY is "DISPATCH_KEY"; it must not begin with DISPATCH_: the '
-                "dispatcher sets those itself"
+                'overrides.env.DISPATCH_KEY is "DISPATCH_KEY"; it must not begin with DISPATCH_: '
+                "the dispatcher sets those itself"
             ),
         ),
         (
@@ -201,8 +201,8 @@ def test_a_template_of_a_caller_stays_as_it_was_written(template: str) -> None:
         (
             {"env": ["DISPATCH_KEY"]},
             (
-                'overrides.env.0 is "DISPATCH_KEY"; it must not begin with DISPATCH_: the dispatcher '
-                "sets those itself"
+                'overrides.env.0 is "DISPATCH_KEY"; it must not begin with DISPATCH_: the '
+                "dispatcher sets those itself"
             ),
         ),
         ({"tasks": 0}, "overrides.tasks is 0; it must be at least 1"),

@@ -176,7 +176,7 @@ class TestDirectories:
 
     def test_a_file_where_the_directory_should_be_is_told(self, tmp_path: Path) -> None:
         (tmp_path / "a").touch()
-        with pytest.raises(StorageRefused, match=r"cannot write file:///.*: .*File exists"):
+        with pytest.raises(StorageRefused, match=r"cannot read file:///.*: .*File exists"):
             Storage((tmp_path / "a").as_uri()).check()
 
     @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
@@ -297,8 +297,8 @@ class _Forgetful(dict[str, bytes]):
 
     def __contains__(self, key: object) -> bool:
         self.asked += 1
-        # A write, the read, a write.
-        return self.asked == 2
+        # A look, a write, the read, a write.
+        return self.asked == 3
 
 
 def _status(request: urllib.request.Request) -> int:

@@ -130,7 +130,6 @@ class Executor:
             self._fill(waiting, moment)
 
     def _start(self, execution: ExecutionRecord, task: TaskRecord, moment: float) -> None:
-        container = execution.template.containers[0]
         task.attempt += 1
         task.state = TaskState.RUNNING
         task.stop = None
@@ -147,9 +146,9 @@ class Executor:
             index=task.index,
             count=execution.task_count,
             attempt=task.attempt,
-            image=container.image,
-            command=tuple(container.command),
-            args=tuple(container.args),
+            image=execution.template.containers[0].image,
+            command=execution.command,
+            args=execution.args,
             env=execution.env,
             at=moment,
         )

@@ -93,6 +93,10 @@ class ExecutionRecord:
     template: Any
     """The task template with the overrides merged in."""
 
+    command: tuple[str, ...]
+    """The command and arguments of the container that is run."""
+
+    args: tuple[str, ...]
     env: Mapping[str, str]
     """The variables of the container that is run, secrets filled in."""
 

@@ -312,9 +312,10 @@ class World:
         self, job: Any, overrides: Any, name: str, now: float, *, only_try: bool = False
     ) -> ExecutionRecord:
         template, task_count = definitions.merge(job, overrides)
+        container = template.containers[0]
         env = {
             one.name: self.options.secrets.get(one.value_source.secret_key_ref.secret, one.value)
-            for one in template.containers[0].env
+            for one in container.env
         }
         execution = ExecutionRecord(
             name=name,
@@ -322,6 +323,8 @@ class World:
             order=len(self.executed),
             job=job.name,
             template=template,
+            command=tuple(container.command),
+            args=tuple(container.args),
             env=env,
             labels=dict(job.template.labels),
             annotations=dict(job.template.annotations),
