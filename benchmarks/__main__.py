@@ -7,11 +7,12 @@ import os
 import platform
 from pathlib import Path
 
+from benchmarks.cloud_run import ROWS as CLOUD_RUN
 from benchmarks.compute_api import api
 from benchmarks.rows import ROWS as CORE
 from benchmarks.stack import stack
 
-ROWS = {**CORE, "api": api}
+ROWS = {**CORE, "api": api, **CLOUD_RUN}
 
 
 def machine() -> str:

@@ -16,7 +16,7 @@ import httpx
 import sqlalchemy as sa
 from anyio.from_thread import start_blocking_portal
 
-from benchmarks.rows import Figure
+from benchmarks.figures import Figure
 from benchmarks.stack import Stack
 from dispatcher import Dispatcher
 from examples.compute_api.app import create_app

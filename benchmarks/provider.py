@@ -17,20 +17,25 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from dispatcher.backends.base import (
+    UNMETERED,
     BackendLimits,
+    Definition,
     Handle,
     Launched,
     LaunchRequest,
+    Meter,
     Phase,
+    Remark,
     Report,
     TaskReport,
     Unavailable,
 )
+from dispatcher.job import Job
 from dispatcher.states import Outcome
 
 CALL_SECONDS = 0.05
@@ -111,18 +116,23 @@ class BenchBackend:
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    COMMAND: ClassVar[Literal["required", "refused"]] = "required"
     limits: ClassVar[BackendLimits] = BackendLimits(
         max_tasks=1,
         max_payload_bytes=1 << 20,
+        inline_bytes=1 << 20,
+        max_text_bytes=1 << 17,
         call_timeout=timedelta(seconds=10),
         find_grace=timedelta(seconds=1),
         absent_grace=timedelta(seconds=5),
         page_size=1000,
+        poll_interval=timedelta(0),
         relaunch_safe=True,
         per_task_env=True,
     )
 
-    def __init__(self, _name: str, settings: BaseModel) -> None:
+    def __init__(self, _name: str, settings: BaseModel, _meter: Meter = UNMETERED) -> None:
         if not isinstance(settings, self.Settings):
             raise TypeError(settings)
         self._client = Client(settings.port)
@@ -137,7 +147,11 @@ class BenchBackend:
         """Reachable from anywhere."""
         return None
 
-    def check(self, _options: BaseModel, _command: Sequence[str]) -> Sequence[str]:
+    def definition(self, _options: BaseModel) -> Definition:
+        """Nothing is fixed."""
+        return Definition()
+
+    def check(self, _job: Job, _options: BaseModel) -> Sequence[Remark]:
         """Nothing can be wrong."""
         return ()
 

@@ -1,4 +1,4 @@
-"""The rows: each measures one thing of ours and its baseline, and says what the bar is."""
+"""The rows of the core: each measures one thing of ours and its baseline, and has its bar."""
 
 from __future__ import annotations
 
@@ -8,33 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psycopg
 
-from benchmarks.provider import Client
-from benchmarks.stack import Peak, Stack, cpu_seconds, family, free_port, pss_mb, until
+from benchmarks.figures import Figure, insist, plain
+from benchmarks.makespan import w1j, w2
+from benchmarks.stack import Stack, cpu_seconds, family, pss_mb, until
 from dispatcher import BatchState, Dispatcher
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured number beside its bar."""
-
-    what: str
-    measured: float
-    unit: str
-    bar: float
-    at_least: bool = False
-    note: str = ""
-
-    @property
-    def met(self) -> bool:
-        """Whether the bar is met."""
-        return self.measured >= self.bar if self.at_least else self.measured <= self.bar
-
 
 NULL_JOBS = """
 targets:
@@ -45,11 +26,6 @@ jobs:
     command: [x]
     options: {max_tasks: %(max_tasks)d, parallelism: %(max_tasks)d}
 """
-
-
-def plain(url: str) -> str:
-    """Write a URL as psycopg takes it."""
-    return url.replace("postgresql+psycopg:", "postgresql:", 1)
 
 
 def enqueue(stack: Stack) -> Iterator[Figure]:
@@ -154,7 +130,7 @@ def throughput(stack: Stack) -> Iterator[Figure]:
         batch = dispatcher.enqueue("work", range(chunks)).wait(300)
         seconds = time.perf_counter() - began
         cpu = cpu_seconds(family(processes[0].pid)) - cpu
-        _insist(batch.state is BatchState.SUCCEEDED, batch)
+        insist(batch.state is BatchState.SUCCEEDED, batch)
         stack.stop(*processes)
         dispatcher.close()
         what = f"{chunks} chunks, {pack} an execution, one worker"
@@ -196,169 +172,6 @@ def idle(stack: Stack) -> Iterator[Figure]:
     yield Figure("  memory (PSS)", memory, "MB", 100.0)
 
 
-BENCH_JOBS = """
-targets:
-  bench: {backend: "benchmarks.provider:BenchBackend", port: %(port)d}
-jobs:
-  work: {target: bench, command: [x]}
-"""
-
-
-@dataclass
-class Run:
-    """What one system made of the load."""
-
-    makespan: float
-    lags: list[float]
-    calls: float
-    cpu: float
-    pss: float
-    apart: str = ""
-
-    @property
-    def p95(self) -> float:
-        """The lag from end to recorded that 95 % stay within, in seconds."""
-        return statistics.quantiles(self.lags, n=20)[-1]
-
-    def __str__(self) -> str:
-        return (
-            f"makespan {self.makespan:.1f} s, lag p95 {self.p95:.2f} s, "
-            f"calls/chunk {self.calls:.2f}, CPU {self.cpu:.1f} s, PSS {self.pss:.0f} MB{self.apart}"
-        )
-
-
-def w1j(stack: Stack) -> Iterator[Figure]:
-    """200 chunks of 15 to 25 s, one launch each, on a backend that takes 50 ms a call."""
-    yield from _makespan(stack, "W1j", 200, (15.0, 25.0), 1.15, full=True)
-
-
-def w2(stack: Stack) -> Iterator[Figure]:
-    """1,000 chunks of 5 s, one launch each, on a backend that takes 50 ms a call."""
-    yield from _makespan(stack, "W2", 1000, (5.0, 5.0), 1.35, full=False)
-
-
-def _makespan(
-    stack: Stack, name: str, chunks: int, bounds: tuple[float, float], bar: float, *, full: bool
-) -> Iterator[Figure]:
-    runs: dict[str, Run] = {}
-    for system in (_floor, _celery, _ours):
-        port = free_port()
-        provider = stack.start("-m", "benchmarks.provider", str(port), *map(str, bounds))
-        until(lambda port=port: _listens(port), 10)
-        runs[system.__name__] = system(stack, port, chunks)
-        stack.stop(provider)
-    ours, bare, peer = runs["_ours"], runs["_floor"], runs["_celery"]
-    note = f"\n      ours:   {ours}\n      celery: {peer}\n      floor:  {bare}"
-    yield Figure(f"{name}: makespan", ours.makespan / bare.makespan, "x floor", bar, note=note)
-    if full:
-        yield Figure(f"{name}: lag p95", ours.p95, "s", 1.5)
-        yield Figure(f"{name}: calls per chunk", ours.calls, "calls", 1.3)
-        yield Figure(f"{name}: PSS of worker + beat + Valkey", ours.pss, "MB", 200.0)
-
-
-def _listens(port: int) -> bool:
-    try:
-        Client(port).call(verb="counts")
-    except OSError:
-        return False
-    return True
-
-
-def _result(port: int, began: float, noticed: dict[str, float], cpu: float, pss: float) -> Run:
-    counts: dict[str, Any] = Client(port).call(verb="counts")
-    lags = [noticed[key] - end for key, (_, end) in counts["runs"].items()]
-    calls = sum(counts["calls"].values()) / len(lags)
-    return Run(max(noticed.values()) - began, lags, calls, cpu, pss)
-
-
-def _floor(stack: Stack, port: int, chunks: int) -> Run:
-    process = stack.start("-m", "benchmarks.peers", str(port), str(chunks))
-    peak = Peak([process.pid])
-    process.wait(300)
-    pss = peak.close()
-    log = stack.folder / f"{stack.processes.index(process)}.log"
-    answer = json.loads(log.read_text().splitlines()[-1])
-    return _result(port, answer["began"], answer["noticed"], answer["cpu"], pss)
-
-
-def _celery(stack: Stack, port: int, chunks: int) -> Run:
-    with stack.valkey.connect() as client:
-        client.flushall()
-    server = stack.valkey.process
-    _insist(server is not None, "valkey")
-    broker = stack.valkey.url
-    environment = {"PEERS_BROKER": broker, "PEERS_RESULTS": broker}
-    worker = stack.start(
-        "-m",
-        "celery",
-        "-A",
-        "benchmarks.peers",
-        "worker",
-        "-P",
-        "prefork",
-        "-c",
-        "8",
-        **environment,
-    )
-    script = (
-        "import json, sys, time\n"
-        "from benchmarks.peers import app, chunk\n"
-        "until = time.time() + 30\n"
-        "while not app.control.ping(timeout=0.5):\n"
-        "    assert time.time() < until\n"
-        "began = time.time()\n"
-        "sent = [chunk.delay(int(sys.argv[1]), f'k{n}') for n in range(int(sys.argv[2]))]\n"
-        "print(json.dumps({'began': began, 'noticed': dict(s.get(timeout=300) for s in sent)}))\n"
-    )
-    driver = stack.start("-c", script, str(port), str(chunks), **environment)
-    roots = [worker.pid, server.pid]
-    peak = Peak(roots)
-    before = cpu_seconds([p for root in roots for p in family(root)])
-    driver.wait(400)
-    cpu = cpu_seconds([p for root in roots for p in family(root)]) - before
-    pss = peak.close()
-    stack.stop(worker)
-    log = stack.folder / f"{stack.processes.index(driver)}.log"
-    answer = json.loads(log.read_text().splitlines()[-1])
-    return _result(port, answer["began"], answer["noticed"], cpu, pss)
-
-
-def _ours(stack: Stack, port: int, chunks: int) -> Run:
-    dispatcher, processes = stack.installation(
-        BENCH_JOBS % {"port": port}, beat=True, DISPATCHER_LAUNCH_CONCURRENCY="64"
-    )
-    server = stack.valkey.process
-    _insist(server is not None, "valkey")
-    roots = [*(process.pid for process in processes), server.pid]
-    time.sleep(2)
-    postgres = stack.postgres.process
-    _insist(postgres is not None, "postgres")
-    peak = Peak(roots)
-    before = cpu_seconds([p for root in roots for p in family(root)])
-    database_before = cpu_seconds(family(postgres.pid))
-    began = time.time()
-    batch = dispatcher.enqueue("work", range(chunks)).wait(300)
-    cpu = cpu_seconds([p for root in roots for p in family(root)]) - before
-    spent = cpu_seconds(family(postgres.pid)) - database_before
-    apart = f"; Postgres: CPU {spent:.1f} s, PSS {pss_mb(family(postgres.pid)):.0f} MB"
-    pss = peak.close()
-    _insist(batch.state is BatchState.SUCCEEDED, batch)
-    rows = stack.sql(
-        dispatcher.settings.database_url,
-        "SELECT e.key, extract(epoch FROM a.settled_at)::float8 FROM dispatcher.attempt a"
-        " JOIN dispatcher.execution e ON e.id = a.execution_id",
-    )
-    stack.stop(*processes)
-    dispatcher.close()
-    noticed = {str(key): float(str(at)) for key, at in rows}
-    return replace(_result(port, began, noticed, cpu, pss), apart=apart)
-
-
-def _insist(right: object, what: object) -> None:
-    if not right:
-        raise RuntimeError(f"the measurement is void: {what}")
-
-
 ROWS: dict[str, Callable[[Stack], Iterator[Figure]]] = {
     "enqueue": enqueue,
     "plan": plan,
@@ -369,4 +182,4 @@ ROWS: dict[str, Callable[[Stack], Iterator[Figure]]] = {
     "w2": w2,
 }
 
-__all__ = ["ROWS", "Figure"]
+__all__ = ["ROWS"]

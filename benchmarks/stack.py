@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import psycopg
 
+from benchmarks.figures import Cost, insist, plain
 from dispatcher import Dispatcher, schema
 from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey
 
@@ -78,25 +79,46 @@ def pss_mb(pids: Sequence[int]) -> float:
     return total / 1024
 
 
-class Peak:
-    """Samples the memory of processes until it is closed, and keeps the highest sum."""
+def rss_mb(pids: Sequence[int]) -> float:
+    """Sum the resident set sizes, in MB: pages that several share are counted for each."""
+    pages = 0
+    for pid in pids:
+        try:
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        except OSError:
+            continue
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+class Meter:
+    """Measures processes and their descendants until it is closed.
+
+    Memory is sampled every second; the highest sum counts.
+    """
 
     def __init__(self, roots: Sequence[int]) -> None:
-        self.mb = 0.0
         self._roots = roots
+        self._rss = self._pss = 0.0
+        self._before = cpu_seconds(self._pids())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
+    def _pids(self) -> list[int]:
+        return [pid for root in self._roots for pid in family(root)]
+
     def _sample(self) -> None:
         while not self._stop.wait(1.0):
-            self.mb = max(self.mb, pss_mb([p for root in self._roots for p in family(root)]))
+            pids = self._pids()
+            self._rss = max(self._rss, rss_mb(pids))
+            self._pss = max(self._pss, pss_mb(pids))
 
-    def close(self) -> float:
-        """Stop sampling."""
+    def close(self) -> Cost:
+        """Stop, and say what they took."""
+        cpu = cpu_seconds(self._pids()) - self._before
         self._stop.set()
         self._thread.join()
-        return self.mb
+        return Cost(cpu, self._rss, self._pss)
 
 
 class Stack:
@@ -132,6 +154,10 @@ class Stack:
         self.processes.append(process)
         return process
 
+    def log(self, process: subprocess.Popen[bytes]) -> str:
+        """Read what a process has written so far."""
+        return (self.folder / f"{self.processes.index(process)}.log").read_text()
+
     def installation(
         self, jobs: str, *, beat: bool = False, **settings: str
     ) -> tuple[Dispatcher, list[subprocess.Popen[bytes]]]:
@@ -154,9 +180,9 @@ class Stack:
             processes.append(
                 self.start(*celery, "beat", "-s", f"beat_{self._databases}", **environment)
             )
-        until(
-            lambda: self.sql(url, "SELECT 1 FROM dispatcher.target WHERE lease_owner IS NOT NULL")
-        )
+        leased = "SELECT 1 FROM dispatcher.target WHERE lease_owner IS NOT NULL"
+        until(lambda: processes[0].poll() is not None or self.sql(url, leased))
+        insist(processes[0].poll() is None, self.log(processes[0]))
         dispatcher = Dispatcher(
             database_url=url, broker_url=self.valkey.url, jobs=str(path), actor="bench"
         )
@@ -165,8 +191,7 @@ class Stack:
     @staticmethod
     def sql(url: str, statement: str) -> list[tuple[object, ...]]:
         """Run one statement."""
-        plain = url.replace("postgresql+psycopg:", "postgresql:", 1)
-        with psycopg.connect(plain, autocommit=True) as connection:
+        with psycopg.connect(plain(url), autocommit=True) as connection:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 

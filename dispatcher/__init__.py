@@ -36,7 +36,8 @@ if TYPE_CHECKING:
         RetryPolicy,
         SuccessPolicy,
     )
-    from dispatcher.queries import Attempt, Chunk, Event, Output
+    from dispatcher.queries import Attempt, Chunk, Event
+    from dispatcher.results import Item, ItemState, Output
     from dispatcher.schedule import Schedule
     from dispatcher.states import BatchState, ChunkState, ExecutionState, Outcome
 
@@ -56,7 +57,9 @@ __all__ = [
     "IdempotencyConflict",
     "InvalidInput",
     "InvalidItems",
+    "Item",
     "ItemSource",
+    "ItemState",
     "Job",
     "Limits",
     "NotAllowed",
@@ -98,7 +101,9 @@ _HOMES = {
     "Limits": "dispatcher.job",
     "NotAllowed": "dispatcher.errors",
     "Outcome": "dispatcher.states",
-    "Output": "dispatcher.queries",
+    "Item": "dispatcher.results",
+    "ItemState": "dispatcher.results",
+    "Output": "dispatcher.results",
     "Overrides": "dispatcher.job",
     "RetryPolicy": "dispatcher.job",
     "Schedule": "dispatcher.schedule",

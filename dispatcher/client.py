@@ -12,7 +12,7 @@ from typing import Any, Self
 import sqlalchemy as sa
 from pydantic import ValidationError
 
-from dispatcher import queries, schema
+from dispatcher import queries, results, schema
 from dispatcher.config import Config, Settings, load_config, load_settings
 from dispatcher.engine.settler import end_finished_batches
 from dispatcher.enqueueing import BatchRequest
@@ -24,7 +24,8 @@ from dispatcher.errors import (
     WaitTimeout,
 )
 from dispatcher.job import Chunking, Job
-from dispatcher.queries import BatchView, Chunk, Event, Output
+from dispatcher.queries import BatchView, Chunk, Event
+from dispatcher.results import Item, Output
 from dispatcher.states import BatchState, CancelKind, ChunkState
 from dispatcher.store import Store, again
 from dispatcher.wake import PLAN, Waker
@@ -259,9 +260,16 @@ class Dispatcher:
         """Read the audit of a batch, or of one of its chunks, in order."""
         return queries.events(self.store, batch_id=batch_id, chunk_index=chunk_index)
 
+    def items(self, batch_id: str, *, failed: bool = False) -> Iterator[Item]:
+        """Read the items of a batch with how each ended, in order; or only those that failed."""
+        return results.items(self.store, batch_id, failed=failed)
+
     def outputs(self, batch_id: str) -> Iterator[Output]:
-        """Read where the chunks that succeeded left their results, by chunk."""
-        return queries.outputs(self.store, batch_id)
+        """Stream what came of a batch, in order: of each item whose receipt gives an output.
+
+        Of a chunk whose items no receipt tells of, where it left its result, if it did.
+        """
+        return results.outputs(self.store, batch_id)
 
     def wait(self, batch_id: str, timeout: float | timedelta | None = None) -> Batch:
         """Wait until a batch is in a final state.

@@ -97,7 +97,10 @@ INLINE_BYTES = 8 << 20
 SHORT_ERROR_CHARACTERS = 100
 
 PROGRESS_SECONDS = 5.0
-"""Between two writes of what is done so far, at least."""
+"""Between two writes of what is done so far, at least: each is a call that somebody pays for."""
+
+FILE_SECONDS = 0.05
+"""The same where a write is one to a file."""
 
 MAX_VARIABLE_BYTES = 131071
 """One variable, name and value: Linux takes 128 KiB with the zero at its end."""
@@ -485,7 +488,10 @@ class Task:
                 self._writer.start()
 
     def _write_progress(self) -> None:
-        pause = PROGRESS_SECONDS
+        least = (
+            FILE_SECONDS if (self.progress_uri or "").startswith("file://") else PROGRESS_SECONDS
+        )
+        pause = least
         complained = False
         while not self._stop.wait(pause):
             if not self._dirty:
@@ -499,7 +505,7 @@ class Task:
                     _remark(f"progress cannot be written: {error}")
                 complained = True
             # A large receipt over a slow line must not be all that the container does.
-            pause = max(PROGRESS_SECONDS, 20 * (time.monotonic() - begun))
+            pause = max(least, 20 * (time.monotonic() - begun))
 
 
 def _canonical(value: Any) -> str:
@@ -585,6 +591,11 @@ def run() -> Iterator[Task]:
     claim()
     task = _this_task()
     _Process.leaves_by_exit = True  # the end of the block does it
+    try:
+        # A first word, so that a crash at the first item can be told from one before it.
+        task.flush()
+    except OSError as error:
+        _remark(f"progress cannot be written: {error}")
     with _at_sigterm(task):
         try:
             yield task

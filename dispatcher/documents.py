@@ -14,7 +14,14 @@ from typing import Final
 
 from dispatcher.backends.base import BackendLimits, LaunchRequest, TaskInput
 
-__all__ = ["DOCUMENT_BYTES", "document", "input_path", "needs_document", "result_prefix"]
+__all__ = [
+    "DOCUMENT_BYTES",
+    "claim_path",
+    "document",
+    "input_path",
+    "needs_document",
+    "result_prefix",
+]
 
 DOCUMENT_BYTES: Final = 32 << 20
 """A document is read whole by each of its tasks: packs are cut so that it stays below this."""
@@ -43,6 +50,11 @@ def input_path(request: LaunchRequest) -> str:
 def result_prefix(request: LaunchRequest) -> str:
     """Name the place within the storage where the tasks of an execution write their results."""
     return f"results/{request.batch_id}/{request.key}/"
+
+
+def claim_path(key: str) -> str:
+    """Name the object within the storage that makes one execution of a key the only one."""
+    return f"claims/{key}"
 
 
 def _line(task: TaskInput, *, wrapped: bool) -> str:

@@ -85,6 +85,9 @@ class BatchRequest:
             actor=actor,
             deadline=job.deadline,
             max_failed_chunks=job.success.max_failed_chunks,
+            max_failed_items=job.success.max_failed_items,
+            min_ratio=job.success.min_ratio,
+            stop_early=job.success.stops_early,
         )
 
     def __enter__(self) -> Self:

@@ -185,7 +185,11 @@ class RetryPolicy(_Value):
     """Tries at a chunk that the application may fail, the first included."""
 
     infrastructure_attempts: Count = 5
-    """Tries at a chunk that may end as preempted, lost or start_failed."""
+    """Tries at a chunk that may end as preempted, lost, start_failed or suspect."""
+
+    on_failure: Literal["fail", "split"] = "fail"
+    """What becomes of a chunk that has used up its attempts. `split`: its items go on in two
+    smaller chunks, and these again, until what cannot be done stands alone."""
 
     initial: Duration = timedelta(seconds=30)
     factor: Annotated[float, Strict(), AllowInfNan(allow_inf_nan=False), Field(ge=1)] = 2.0
@@ -218,9 +222,35 @@ class Limits(_Value):
 
 
 class SuccessPolicy(_Value):
-    """When a batch whose chunks are all final has succeeded."""
+    """When a batch whose chunks are all final has succeeded: at most one of the three bounds.
 
-    max_failed_chunks: Annotated[int, Strict(), Field(ge=0)] = 0
+    Without any, no chunk may fail. An item has failed if its chunk is final and it did not succeed.
+    """
+
+    max_failed_chunks: Annotated[int, Strict(), Field(ge=0)] | None = None
+    max_failed_items: Annotated[int, Strict(), Field(ge=0)] | None = None
+    min_ratio: Annotated[float, AllowInfNan(allow_inf_nan=False), Field(ge=0, le=1)] | None = None
+    """The part of the items that must succeed, such as 0.95."""
+
+    stop_early: Annotated[bool, Strict()] | None = None
+    """Stop what is left as soon as the policy can no longer be met. Not given: yes where some
+    failures are allowed; no where none is, as the other chunks' work is then wanted all the
+    same."""
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> SuccessPolicy:
+        bounds = ("max_failed_chunks", "max_failed_items", "min_ratio")
+        given = [name for name in bounds if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"must have one bound at most, and has {' and '.join(given)}")
+        return self
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether a batch is stopped once it cannot succeed any more."""
+        if self.stop_early is not None:
+            return self.stop_early
+        return bool(self.max_failed_chunks or self.max_failed_items or (self.min_ratio or 1) < 1)
 
 
 class Overrides(_Value):
@@ -285,6 +315,10 @@ class Job(_Value):
     """The longest that a batch may take; then what is left of it fails."""
 
     success: SuccessPolicy = SuccessPolicy()
+
+    receipt: Literal["ignored", "optional", "required"] = "optional"
+    """What a task's receipt is to us. `required`: exit code 0 without a complete receipt is no
+    success. `optional`: it counts where there is one. `ignored`: none is looked for."""
     overrides: Overrides = Overrides()
     options: JsonObject = Field(default={})
     """What the target's backend is told beside; `config.py` checks it against its `Options`."""

@@ -7,12 +7,13 @@ is stopped for its time may well exit with 0.
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final
+from math import ceil
+from typing import Final, NamedTuple
 
 from dispatcher.backends.base import TaskReport
 from dispatcher.states import BatchState, CancelKind, Outcome
 
-__all__ = ["judge", "verdict"]
+__all__ = ["ASKED", "Policy", "Standing", "beyond", "judge", "verdict"]
 
 ASKED: Final = {
     CancelKind.OPERATOR: (Outcome.CANCELLED, "cancelled by an operator"),
@@ -20,8 +21,34 @@ ASKED: Final = {
     CancelKind.TIMEOUT: (Outcome.TIMED_OUT, "the execution ran past its deadline"),
     CancelKind.START_TIMEOUT: (Outcome.START_FAILED, "no task started within start_timeout"),
     CancelKind.INVALID: (Outcome.CANCELLED, "the job cannot be run here"),
+    CancelKind.SUCCESS_POLICY: (Outcome.CANCELLED, "the batch can no longer succeed"),
     CancelKind.STRAY: (Outcome.CANCELLED, "no open attempt belongs to it"),
 }
+
+
+class Policy(NamedTuple):
+    """When a batch has succeeded; at most one bound is given."""
+
+    max_failed_chunks: int | None
+    max_failed_items: int | None
+    min_ratio: float | None
+
+
+class Standing(NamedTuple):
+    """What a batch has come to: counts of its final chunks, and all of its items."""
+
+    id: str
+    policy: Policy
+    cancel_kind: str | None
+    cancel_reason: str | None
+    succeeded: int
+    failed: int
+    cancelled: int
+    items: int
+    items_failed: int
+    """Items of failed and cancelled chunks that have not succeeded."""
+
+    example: str | None
 
 
 def judge(
@@ -34,7 +61,9 @@ def judge(
     """
     if cancel_kind is None or cancel_sent_at is None:
         return report.outcome, report.reason
-    if report.ended_at is not None and report.ended_at < cancel_sent_at:
+    was_before = report.ended_at is not None and report.ended_at < cancel_sent_at
+    # That it was cancelled is our doing, whatever the provider's clock says.
+    if was_before and report.outcome is not Outcome.CANCELLED:
         return report.outcome, report.reason
     outcome, why = ASKED[CancelKind(cancel_kind)]
     if outcome is report.outcome:
@@ -42,28 +71,61 @@ def judge(
     return outcome, f"{why} (the provider says: {report.outcome.replace('_', ' ')})"
 
 
-def verdict(
-    *,
-    succeeded: int,
-    failed: int,
-    cancelled: int,
-    max_failed_chunks: int,
-    cancel_kind: str | None,
-    cancel_reason: str | None,
-    example: str | None,
-) -> tuple[BatchState, str | None]:
+def verdict(row: Standing) -> tuple[BatchState, str | None]:
     """Say how a batch ended whose chunks are all final, and why.
 
     A cancel that came too late to stop anything does not make a finished batch cancelled.
     """
-    total = succeeded + failed + cancelled
-    if cancel_kind == CancelKind.OPERATOR and cancelled:
-        return BatchState.CANCELLED, cancel_reason
-    if cancel_kind in (CancelKind.BATCH_DEADLINE, CancelKind.INVALID) and failed + cancelled:
-        return BatchState.FAILED, cancel_reason
-    bad = failed + cancelled
-    if bad > max_failed_chunks:
-        allowed = f", {max_failed_chunks} allowed" if max_failed_chunks else ""
-        first = f": {example}" if example else ""
-        return BatchState.FAILED, f"{bad} of {total} chunks failed{allowed}{first}"
-    return BatchState.SUCCEEDED, f"{bad} of {total} chunks failed, allowed" if bad else None
+    bad = row.failed + row.cancelled
+    if row.cancel_kind == CancelKind.OPERATOR and row.cancelled:
+        return BatchState.CANCELLED, row.cancel_reason
+    if row.cancel_kind not in (None, CancelKind.OPERATOR) and bad:
+        return BatchState.FAILED, row.cancel_reason
+    broken = beyond(row)
+    if broken is not None:
+        return BatchState.FAILED, broken
+    return BatchState.SUCCEEDED, f"{_bad_of(row)}, allowed" if bad else None
+
+
+def beyond(row: Standing) -> str | None:
+    """Say why a batch can succeed no more, whatever becomes of what is open; None if it can."""
+    broken = _broken(row)
+    if broken is None or not row.example:
+        return broken
+    return f"{broken}: {row.example}"
+
+
+def _broken(row: Standing) -> str | None:
+    policy = row.policy
+    if policy.min_ratio is not None:
+        # A count, so that 0.95 of 100 is 95 whatever floating point makes of it.
+        needed = ceil(policy.min_ratio * row.items - 1e-9)
+        if row.items - row.items_failed < needed:
+            return (
+                f"{row.items_failed} of {row.items} items failed, and {needed} must succeed "
+                f"(min_ratio {policy.min_ratio:g})"
+            )
+        return None
+    if policy.max_failed_items is not None:
+        if row.items_failed > policy.max_failed_items:
+            return f"{_items_of(row)}, {policy.max_failed_items} allowed"
+        return None
+    most = policy.max_failed_chunks or 0
+    bad = row.failed + row.cancelled
+    if bad > most:
+        return f"{_chunks_of(row)}, {most} allowed" if most else _chunks_of(row)
+    return None
+
+
+def _bad_of(row: Standing) -> str:
+    by_items = row.policy.min_ratio is not None or row.policy.max_failed_items is not None
+    return _items_of(row) if by_items else _chunks_of(row)
+
+
+def _items_of(row: Standing) -> str:
+    return f"{row.items_failed} of {row.items} items failed"
+
+
+def _chunks_of(row: Standing) -> str:
+    bad = row.failed + row.cancelled
+    return f"{bad} of {row.succeeded + bad} chunks failed"

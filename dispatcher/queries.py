@@ -24,7 +24,6 @@ __all__ = [
     "Event",
     "Holder",
     "Live",
-    "Output",
     "Standing",
     "TargetView",
     "WorkerView",
@@ -40,7 +39,6 @@ __all__ = [
     "get_state",
     "holders",
     "live",
-    "outputs",
     "read_batch",
     "standing",
     "targets",
@@ -102,6 +100,7 @@ class BatchView:
 
 
 _FINAL: Final = (ChunkState.SUCCEEDED, ChunkState.FAILED, ChunkState.CANCELLED)
+"""Those that count: of a chunk that was split, its parts do."""
 
 _BATCH: Final = """
     b.id, b.key, b.job_name, b.target, b.state, b.reason, b.params, b.labels, b.priority, b.actor,
@@ -119,6 +118,8 @@ def _batch(row: Sequence[Any]) -> BatchView:
 def _attempt(row: Sequence[Any]) -> Attempt:
     values = list(row)
     values[2] = None if values[2] is None else Outcome(values[2])
+    done, total = values[-2:]
+    values[-2:] = [None if total is None else (done, total)]
     return Attempt(*values)
 
 
@@ -147,6 +148,8 @@ class Attempt:
     task_index: int
     console_url: str | None
     logs_url: str | None
+    progress: tuple[int, int] | None = None
+    """Done and total, as its task last said while it ran, in its own unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,15 @@ class Chunk:
 
     reason: str | None
     finished_at: datetime | None
+    items_ok: int = 0
+    """Items of it that have succeeded, as far as receipts or its own success tell."""
+
+    parent: int | None = None
+    """The chunk that it was split from."""
+
+    depth: int = 0
+    """How often that one was split, and its own parent, and so on."""
+
     attempts: tuple[Attempt, ...] = ()
     items: str | None = None
     """Its items as one JSON array, where they were asked for."""
@@ -185,15 +197,6 @@ class Event:
     old: str | None
     new: str | None
     reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """Where a chunk that succeeded left its result."""
-
-    chunk_index: int
-    attempt: int
-    uri: str
 
 
 def find_batch(store: Store, prefix: str) -> str:
@@ -324,7 +327,8 @@ def chunks(
                     tx,
                     f"""
                     SELECT c.index, c.state, c.size, c.weight, c.due_at, c.outcome, c.reason,
-                        c.finished_at, {"i.items::text" if items else "NULL"}
+                        c.finished_at, c.items_ok, c.parent, c.depth,
+                        {"i.items::text" if items else "NULL"}
                     FROM dispatcher.chunk c
                     LEFT JOIN dispatcher.chunk_items i
                         ON i.batch_id = c.batch_id AND i.chunk_index = c.index
@@ -346,7 +350,8 @@ def chunks(
                 """
                 SELECT a.chunk_index, a.number, a.outcome, a.exit_code, a.reason, a.log_tail,
                     a.result_uri, a.opened_at, a.started_at, a.ended_at, a.settled_at,
-                    a.execution_id, e.key, e.handle, a.task_index, e.console_url, e.logs_url
+                    a.execution_id, e.key, e.handle, a.task_index, e.console_url, e.logs_url,
+                    a.progress_done, a.progress_total
                 FROM dispatcher.attempt a JOIN dispatcher.execution e ON e.id = a.execution_id
                 WHERE a.batch_id = :id AND a.chunk_index = ANY(:indexes)
                 ORDER BY a.chunk_index, a.number
@@ -365,8 +370,11 @@ def chunks(
                 None if row[5] is None else Outcome(row[5]),
                 row[6],
                 row[7],
-                tuple(tries.get(row[0], ())),
                 row[8],
+                row[9],
+                row[10],
+                tuple(tries.get(row[0], ())),
+                row[11],
             )
         if len(rows) < PAGE:
             return
@@ -412,14 +420,6 @@ def events(
         if len(rows) < PAGE:
             return
         after = rows[-1][0]
-
-
-def outputs(store: Store, batch_id: str) -> Iterator[Output]:
-    """Read where the chunks that succeeded left their results, by chunk."""
-    for chunk in chunks(store, batch_id, states=[ChunkState.SUCCEEDED]):
-        last = chunk.attempts[-1] if chunk.attempts else None
-        if last is not None and last.result_uri is not None:
-            yield Output(chunk.index, last.number, last.result_uri)
 
 
 # --- what `explain` and `check` read --------------------------------------------------------------

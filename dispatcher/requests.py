@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from dispatcher.backends.base import Backend, Definition, LaunchRequest, TaskInput
 from dispatcher.documents import DOCUMENT_BYTES, LINE_BYTES
 from dispatcher.errors import InvalidInput
+from dispatcher.items import join_items, split_items
 from dispatcher.job import Job
 from dispatcher.redaction import excerpt, redact_env
 from dispatcher.templating import Values, render, uses_chunk, uses_pack
@@ -74,7 +75,9 @@ class Plan:
         limits, texts = backend.limits, (*job.args, *job.env.values())
         most = min(limits.max_tasks, getattr(options, "max_tasks", None) or 1)
         by_chunk = not limits.per_task_env and any(map(uses_chunk, texts))
-        wrapped = by_chunk and bool(getattr(options, "wrapped", False))
+        # The wrapper stands before the image's own command: it takes all that varies from the input
+        # document, as args that are set from outside would take that command's place.
+        wrapped = not limits.per_task_env and bool(getattr(options, "wrapped", False))
         if by_chunk and not wrapped:
             most = 1
         parallelism = min(most, getattr(options, "parallelism", None) or most)
@@ -125,13 +128,15 @@ def launch_request(
     plan: Plan,
     key: str,
     instance: str,
-    chunks: Sequence[tuple[int, int]],
+    chunks: Sequence[tuple[int, int, Sequence[int] | None]],
     items: Mapping[int, str],
     *,
     intended_at: datetime,
     parallelism: int | None = None,
 ) -> LaunchRequest:
-    """Write the request of an execution over chunks, given as (index, attempt number).
+    """Write the request of an execution over chunks, given as (index, attempt number, positions).
+
+    Positions are the items of a chunk that this attempt is to work on; None means all.
 
     `parallelism` is that of its row, where there is one already: what the provider's definition
     says now may have changed since.
@@ -140,10 +145,11 @@ def launch_request(
     texts = (*plan.job.args, *plan.job.env.values())
     packed = None
     if any(map(uses_pack, texts)):
-        packed = join_arrays(items[index] for index, _ in chunks)
-    for place, (index, number) in enumerate(chunks):
+        packed = join_arrays(_pick(items[index], positions) for index, _, positions in chunks)
+    for place, (index, number, positions) in enumerate(chunks):
+        text = _pick(items[index], positions)
         values = Values(
-            items=items[index],
+            items=text,
             params=plan.params,
             chunk_index=index,
             attempt=number,
@@ -155,7 +161,7 @@ def launch_request(
                 index=place,
                 chunk_index=index,
                 attempt=number,
-                items=items[index],
+                items=text,
                 args=tuple(render(text, values) for text in plan.job.args),
                 env={name: render(text, values) for name, text in plan.job.env.items()},
             )
@@ -174,6 +180,14 @@ def launch_request(
         wrapped=plan.wrapped,
         labels=plan.labels,
     )
+
+
+def _pick(items: str, positions: Sequence[int] | None) -> str:
+    """Take some items of a chunk, each as it was written."""
+    if positions is None:
+        return items
+    texts = split_items(items)
+    return join_items(texts[position] for position in positions)
 
 
 def join_arrays(arrays: Iterable[str]) -> str:

@@ -18,7 +18,9 @@ from dispatcher.states import Outcome
 __all__ = ["APPLICATION", "CAPACITY", "INFRASTRUCTURE", "Decision", "backoff", "decide"]
 
 APPLICATION: Final = frozenset({Outcome.FAILED, Outcome.TIMED_OUT, Outcome.OUT_OF_MEMORY})
-INFRASTRUCTURE: Final = frozenset({Outcome.PREEMPTED, Outcome.LOST, Outcome.START_FAILED})
+INFRASTRUCTURE: Final = frozenset(
+    {Outcome.PREEMPTED, Outcome.LOST, Outcome.START_FAILED, Outcome.SUSPECT}
+)
 CAPACITY: Final = frozenset({Outcome.NO_CAPACITY})
 
 

@@ -48,11 +48,11 @@ __all__ = [
 SCHEMA: Final = "dispatcher"
 """All tables live in a Postgres schema of their own, so that none meets an application's table."""
 
-CODE_VERSION: Final = 2
+CODE_VERSION: Final = 3
 """Raised when rows change their meaning. A worker of an older version than the database's
 `installation.oldest_code` refuses to start, and one leaves rows of a newer version alone."""
 
-REVISION: Final = "0002"
+REVISION: Final = "0003"
 """The newest migration; they are numbered, so a database's is older or newer by its number."""
 
 READ_ONLY: Final = "25006"
@@ -122,7 +122,10 @@ batch = sa.Table(
     sa.Column("item_count", sa.BigInteger),
     sa.Column("chunk_count", sa.Integer),
     sa.Column("largest_chunk", sa.BigInteger, comment="bytes of the items of its largest chunk"),
-    sa.Column("max_failed_chunks", sa.Integer, nullable=False),
+    sa.Column("max_failed_chunks", sa.Integer, comment="null where another bound is given"),
+    sa.Column("max_failed_items", sa.BigInteger),
+    sa.Column("min_ratio", sa.Double, comment="of the items that must succeed"),
+    sa.Column("stop_early", sa.Boolean, nullable=False, server_default=sa.text("false")),
     _time("cancel_requested_at"),
     sa.Column("cancel_kind", sa.Text, comment="what asked for its end"),
     sa.Column("cancel_reason", sa.Text),
@@ -134,7 +137,8 @@ batch = sa.Table(
         "(cancel_requested_at IS NULL) = (cancel_kind IS NULL)", name="cancel_has_kind"
     ),
     sa.CheckConstraint(
-        "cancel_kind IN ('batch_deadline', 'invalid', 'operator')", name="cancel_kind"
+        "cancel_kind IN ('batch_deadline', 'invalid', 'operator', 'success_policy')",
+        name="cancel_kind",
     ),
     sa.Index(
         "batch_live",
@@ -184,6 +188,17 @@ chunk = sa.Table(
     sa.Column("size", sa.Integer, nullable=False, comment="items in it"),
     sa.Column("weight", sa.Double, comment="sum of the field it was balanced by"),
     sa.Column(
+        "items_ok",
+        sa.Integer,
+        nullable=False,
+        server_default=sa.text("0"),
+        comment="items that succeeded, as receipts say; all of them where it succeeded without",
+    ),
+    sa.Column("parent", sa.Integer, comment="the chunk that it was split from"),
+    sa.Column(
+        "depth", sa.Integer, nullable=False, server_default=sa.text("0"), comment="of splits"
+    ),
+    sa.Column(
         "attempts", sa.Integer, nullable=False, server_default=sa.text("0"), comment="last number"
     ),
     sa.Column(
@@ -202,6 +217,8 @@ chunk = sa.Table(
     _one_of("state", ChunkState),
     _one_of("outcome", Outcome),
     _finished(FINAL_CHUNK),
+    sa.CheckConstraint("items_ok BETWEEN 0 AND size", name="items_ok"),
+    sa.CheckConstraint("(parent IS NULL) = (depth = 0)", name="parent"),
     sa.Index(
         "chunk_due",
         "batch_id",
@@ -229,6 +246,33 @@ chunk_items = sa.Table(
     sa.Column("items", JSON, nullable=False, comment="one JSON array, see items.join_items"),
     sa.PrimaryKeyConstraint("batch_id", "chunk_index"),
     comment="apart from chunk, whose rows are rewritten at each move",
+)
+
+item_result = sa.Table(
+    "item_result",
+    metadata,
+    sa.Column(
+        "batch_id",
+        sa.Text,
+        sa.ForeignKey("dispatcher.batch.id", ondelete="CASCADE"),
+        nullable=False,
+    ),
+    sa.Column("chunk_index", sa.Integer, nullable=False),
+    sa.Column("position", sa.Integer, nullable=False, comment="in its chunk, from 0"),
+    sa.Column("attempt", sa.Integer, nullable=False, comment="the number of the one that told it"),
+    sa.Column("ok", sa.Boolean, nullable=False),
+    sa.Column("output", JSON, comment="small ones; larger ones lie at output_uri"),
+    sa.Column("output_uri", sa.Text),
+    sa.Column("error", sa.Text),
+    sa.PrimaryKeyConstraint("batch_id", "chunk_index", "position"),
+    sa.Index(
+        "item_result_failed",
+        "batch_id",
+        "chunk_index",
+        "position",
+        postgresql_where=sa.text("NOT ok"),
+    ),
+    comment="how items ended, as the receipts of their tasks say; the last word on each",
 )
 
 execution = sa.Table(
@@ -323,6 +367,14 @@ attempt = sa.Table(
         nullable=False,
     ),
     sa.Column("task_index", sa.Integer, nullable=False),
+    sa.Column(
+        "positions",
+        sa.ARRAY(sa.Integer),
+        comment="the items of its chunk that it was given; null: all of them",
+    ),
+    sa.Column("progress_done", sa.BigInteger, comment="as its task last said while it ran"),
+    sa.Column("progress_total", sa.BigInteger),
+    _time("progress_at"),
     sa.Column("outcome", sa.Text, comment="null while it is open"),
     sa.Column("exit_code", sa.Integer),
     sa.Column("reason", sa.Text),

@@ -71,6 +71,10 @@ class ChunkState(StrEnum):
     CANCELLED = "cancelled"
     """Ended by a cancel, with nothing of it running. Final but for `retry`."""
 
+    SPLIT = "split"
+    """It used up its attempts and its items went on in smaller chunks, which name it as their
+    parent. Final; it counts no more, as each of its items is in one of them."""
+
 
 class ExecutionState(StrEnum):
     """What we know of one remote run."""
@@ -123,6 +127,9 @@ class Outcome(StrEnum):
     """The provider no longer knows it, or its supervisor vanished, and no result tells how it
     ended."""
 
+    SUSPECT = "suspect"
+    """It ended with exit code 0, but its receipt is missing, not complete or not to be used."""
+
     CANCELLED = "cancelled"
     """Stopped by a cancel: ours, or one made in the provider's console."""
 
@@ -145,12 +152,17 @@ class CancelKind(StrEnum):
     INVALID = "invalid"
     """The job that the batch keeps cannot be run with this code and configuration."""
 
+    SUCCESS_POLICY = "success_policy"
+    """So much has failed that the job's success policy can no longer be met."""
+
     STRAY = "stray"
     """It runs and no open attempt belongs to it."""
 
 
 FINAL_BATCH: Final = frozenset({BatchState.SUCCEEDED, BatchState.FAILED, BatchState.CANCELLED})
-FINAL_CHUNK: Final = frozenset({ChunkState.SUCCEEDED, ChunkState.FAILED, ChunkState.CANCELLED})
+FINAL_CHUNK: Final = frozenset(
+    {ChunkState.SUCCEEDED, ChunkState.FAILED, ChunkState.CANCELLED, ChunkState.SPLIT}
+)
 LIVE_EXECUTION: Final = frozenset(
     {ExecutionState.INTENDED, ExecutionState.UNKNOWN, ExecutionState.LAUNCHED}
 )
@@ -186,7 +198,8 @@ BATCH_EDGES: Final = (
 )
 
 CHUNK_EDGES: Final = (
-    Edge(None, ChunkState.PENDING, "plan"),
+    Edge(None, ChunkState.PENDING, "plan, or split: items that are still to do"),
+    Edge(None, ChunkState.SUCCEEDED, "split: items that had succeeded"),
     Edge(ChunkState.PENDING, ChunkState.LAUNCHING, "launch"),
     Edge(ChunkState.PENDING, ChunkState.CANCELLED, "cancel"),
     Edge(ChunkState.PENDING, ChunkState.FAILED, "batch deadline"),
@@ -198,6 +211,8 @@ CHUNK_EDGES: Final = (
     Edge(ChunkState.RUNNING, ChunkState.SUCCEEDED, "settle"),
     Edge(ChunkState.RUNNING, ChunkState.FAILED, "settle: no retry left"),
     Edge(ChunkState.RUNNING, ChunkState.CANCELLED, "settle: cancelled"),
+    Edge(ChunkState.RUNNING, ChunkState.SPLIT, "settle: no retry left, on_failure is split"),
+    Edge(ChunkState.LAUNCHING, ChunkState.SPLIT, "settle: the same, never seen running"),
     Edge(ChunkState.FAILED, ChunkState.PENDING, "retry (operator)"),
     Edge(ChunkState.SUCCEEDED, ChunkState.PENDING, "retry (operator, all chunks)"),
     Edge(ChunkState.CANCELLED, ChunkState.PENDING, "retry (operator)"),
@@ -213,5 +228,6 @@ EXECUTION_EDGES: Final = (
     Edge(ExecutionState.UNKNOWN, ExecutionState.INTENDED, "call again with the same key"),
     Edge(ExecutionState.UNKNOWN, ExecutionState.ENDED, "settle: not found and cancelled"),
     Edge(ExecutionState.LAUNCHED, ExecutionState.ENDED, "settle its last task"),
+    Edge(ExecutionState.LAUNCHED, ExecutionState.LAUNCHED, "follow the one that has the claim"),
     Edge(ExecutionState.ENDED, ExecutionState.LAUNCHED, "a stray is seen again"),
 )

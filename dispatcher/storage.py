@@ -47,6 +47,7 @@ __all__ = [
     "check_uri",
     "read_bytes",
     "read_items",
+    "read_object",
 ]
 
 MAX_OBJECT_BYTES: Final = 64 << 20
@@ -392,6 +393,18 @@ class _Location:
         if self.scheme == "gs":
             return GCSStore(self.bucket, retry_config=_RETRY)
         return LocalStore()
+
+
+def read_object(uri: str, most: int) -> bytes | None:
+    """Read an object by its whole URI; None if there is none.
+
+    Raises:
+        TooLarge: it has more than `most` bytes.
+        StorageRefused: the storage refuses.
+        Unreachable: it does not answer.
+    """
+    parent, _, name = uri.rpartition("/")
+    return Storage(parent).read(name, most)
 
 
 def check_uri(uri: str) -> None:

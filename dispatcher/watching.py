@@ -52,6 +52,7 @@ class Watch:
         self._known: dict[int, Watched] = {}
         self._history: defaultdict[str | None, History] = defaultdict(History)
         self._not_before = 0.0
+        self._put_off: dict[int, float] = {}
 
     def __len__(self) -> int:
         return len(self._known)
@@ -72,6 +73,7 @@ class Watch:
             job = row.job_name
             first = interval(age, self._history[job].shortest(), self._least)
             due = now + (0.0 if age > self._least else first)
+            due = max(due, self._put_off.pop(row.id, due))
             self._known[row.id] = Watched(
                 row.id,
                 row.handle,
@@ -83,6 +85,18 @@ class Watch:
                 None if row.absent_for is None else now - row.absent_for,
                 settled=settled.get(row.id, set()),
             )
+
+    def put_off(self, ids: Iterable[int], until: float) -> None:
+        """Forget all that is remembered of some, and look at them anew then."""
+        for execution_id in ids:
+            self.forget(execution_id)
+            self._put_off[execution_id] = until
+
+    def forget_handle(self, handle: str) -> None:
+        """Forget the execution that is watched under this handle: it has another one now."""
+        for one in list(self._known.values()):
+            if one.handle == handle:
+                self.forget(one.id)
 
     def forget(self, execution_id: int) -> None:
         """Drop an execution that has ended."""
@@ -137,9 +151,14 @@ class Watch:
         due.sort(key=lambda one: one.id)
         return [due[at : at + page_size] for at in range(0, len(due), page_size)]
 
-    def seen(self, one: Watched, now: float) -> None:
-        """Set the next look at an execution that still runs."""
+    def seen(self, one: Watched, now: float, soon: float | None = None) -> None:
+        """Set the next look at an execution that still runs.
+
+        `soon` is in how many seconds there is more to be read of it, if that is known.
+        """
         wait = interval(now - one.launched, self._shortest(one), self._least)
+        if soon is not None:
+            wait = min(wait, max(self._least, soon))
         one.looked, one.next_look = now, now + wait
 
     def failed(self, page: Sequence[Watched], now: float, failures: int) -> None:

@@ -24,12 +24,18 @@ CREATE TABLE dispatcher.attempt (
     started_at timestamp with time zone,
     ended_at timestamp with time zone,
     settled_at timestamp with time zone,
-    CONSTRAINT attempt_outcome CHECK ((outcome = ANY (ARRAY['cancelled'::text, 'failed'::text, 'lost'::text, 'no_capacity'::text, 'out_of_memory'::text, 'preempted'::text, 'rejected'::text, 'start_failed'::text, 'succeeded'::text, 'timed_out'::text]))),
+    positions integer[],
+    progress_done bigint,
+    progress_total bigint,
+    progress_at timestamp with time zone,
+    CONSTRAINT attempt_outcome CHECK ((outcome = ANY (ARRAY['cancelled'::text, 'failed'::text, 'lost'::text, 'no_capacity'::text, 'out_of_memory'::text, 'preempted'::text, 'rejected'::text, 'start_failed'::text, 'succeeded'::text, 'suspect'::text, 'timed_out'::text]))),
     CONSTRAINT attempt_settled CHECK (((outcome IS NULL) = (settled_at IS NULL)))
 );
 COMMENT ON COLUMN dispatcher.attempt.outcome IS 'null while it is open';
 COMMENT ON COLUMN dispatcher.attempt.result_uri IS 'where the task says that its result lies';
 COMMENT ON COLUMN dispatcher.attempt.log_tail IS 'last lines of a task that ended badly';
+COMMENT ON COLUMN dispatcher.attempt.positions IS 'the items of its chunk that it was given; null: all of them';
+COMMENT ON COLUMN dispatcher.attempt.progress_done IS 'as its task last said while it ran';
 CREATE TABLE dispatcher.batch (
     id text NOT NULL,
     key text,
@@ -52,14 +58,17 @@ CREATE TABLE dispatcher.batch (
     item_count bigint,
     chunk_count integer,
     largest_chunk bigint,
-    max_failed_chunks integer NOT NULL,
+    max_failed_chunks integer,
     cancel_requested_at timestamp with time zone,
     cancel_kind text,
     cancel_reason text,
     plan_tries integer DEFAULT 0 NOT NULL,
     plan_after timestamp with time zone,
+    max_failed_items bigint,
+    min_ratio double precision,
+    stop_early boolean DEFAULT false NOT NULL,
     CONSTRAINT batch_cancel_has_kind CHECK (((cancel_requested_at IS NULL) = (cancel_kind IS NULL))),
-    CONSTRAINT batch_cancel_kind CHECK ((cancel_kind = ANY (ARRAY['batch_deadline'::text, 'invalid'::text, 'operator'::text]))),
+    CONSTRAINT batch_cancel_kind CHECK ((cancel_kind = ANY (ARRAY['batch_deadline'::text, 'invalid'::text, 'operator'::text, 'success_policy'::text]))),
     CONSTRAINT batch_finished CHECK (((finished_at IS NOT NULL) = (state = ANY (ARRAY['cancelled'::text, 'failed'::text, 'succeeded'::text])))),
     CONSTRAINT batch_state CHECK ((state = ANY (ARRAY['cancelled'::text, 'failed'::text, 'planning'::text, 'running'::text, 'succeeded'::text])))
 );
@@ -72,7 +81,9 @@ COMMENT ON COLUMN dispatcher.batch.items_from IS 'pages, source or a URI';
 COMMENT ON COLUMN dispatcher.batch.reason IS 'why it ended as it did';
 COMMENT ON COLUMN dispatcher.batch.actor IS 'who enqueued it';
 COMMENT ON COLUMN dispatcher.batch.largest_chunk IS 'bytes of the items of its largest chunk';
+COMMENT ON COLUMN dispatcher.batch.max_failed_chunks IS 'null where another bound is given';
 COMMENT ON COLUMN dispatcher.batch.cancel_kind IS 'what asked for its end';
+COMMENT ON COLUMN dispatcher.batch.min_ratio IS 'of the items that must succeed';
 CREATE TABLE dispatcher.bucket (
     target text NOT NULL,
     kind text NOT NULL,
@@ -101,9 +112,14 @@ CREATE TABLE dispatcher.chunk (
     outcome text,
     reason text,
     finished_at timestamp with time zone,
-    CONSTRAINT chunk_finished CHECK (((finished_at IS NOT NULL) = (state = ANY (ARRAY['cancelled'::text, 'failed'::text, 'succeeded'::text])))),
-    CONSTRAINT chunk_outcome CHECK ((outcome = ANY (ARRAY['cancelled'::text, 'failed'::text, 'lost'::text, 'no_capacity'::text, 'out_of_memory'::text, 'preempted'::text, 'rejected'::text, 'start_failed'::text, 'succeeded'::text, 'timed_out'::text]))),
-    CONSTRAINT chunk_state CHECK ((state = ANY (ARRAY['cancelled'::text, 'failed'::text, 'launching'::text, 'pending'::text, 'running'::text, 'succeeded'::text])))
+    items_ok integer DEFAULT 0 NOT NULL,
+    parent integer,
+    depth integer DEFAULT 0 NOT NULL,
+    CONSTRAINT chunk_finished CHECK (((finished_at IS NOT NULL) = (state = ANY (ARRAY['cancelled'::text, 'failed'::text, 'split'::text, 'succeeded'::text])))),
+    CONSTRAINT chunk_items_ok CHECK (((items_ok >= 0) AND (items_ok <= size))),
+    CONSTRAINT chunk_outcome CHECK ((outcome = ANY (ARRAY['cancelled'::text, 'failed'::text, 'lost'::text, 'no_capacity'::text, 'out_of_memory'::text, 'preempted'::text, 'rejected'::text, 'start_failed'::text, 'succeeded'::text, 'suspect'::text, 'timed_out'::text]))),
+    CONSTRAINT chunk_parent CHECK (((parent IS NULL) = (depth = 0))),
+    CONSTRAINT chunk_state CHECK ((state = ANY (ARRAY['cancelled'::text, 'failed'::text, 'launching'::text, 'pending'::text, 'running'::text, 'split'::text, 'succeeded'::text])))
 );
 COMMENT ON COLUMN dispatcher.chunk.size IS 'items in it';
 COMMENT ON COLUMN dispatcher.chunk.weight IS 'sum of the field it was balanced by';
@@ -111,6 +127,9 @@ COMMENT ON COLUMN dispatcher.chunk.attempts IS 'last number';
 COMMENT ON COLUMN dispatcher.chunk.budget_from IS 'attempts up to this number cost nothing: an operator''s retry forgave them';
 COMMENT ON COLUMN dispatcher.chunk.outcome IS 'of its last ended attempt';
 COMMENT ON COLUMN dispatcher.chunk.reason IS 'why it is where it is';
+COMMENT ON COLUMN dispatcher.chunk.items_ok IS 'items that succeeded, as receipts say; all of them where it succeeded without';
+COMMENT ON COLUMN dispatcher.chunk.parent IS 'the chunk that it was split from';
+COMMENT ON COLUMN dispatcher.chunk.depth IS 'of splits';
 CREATE TABLE dispatcher.chunk_items (
     batch_id text NOT NULL,
     chunk_index integer NOT NULL,
@@ -181,7 +200,7 @@ CREATE TABLE dispatcher.execution (
     finished_at timestamp with time zone,
     reason text,
     CONSTRAINT execution_cancel_has_kind CHECK (((cancel_requested_at IS NULL) = (cancel_kind IS NULL))),
-    CONSTRAINT execution_cancel_kind CHECK ((cancel_kind = ANY (ARRAY['batch_deadline'::text, 'invalid'::text, 'operator'::text, 'start_timeout'::text, 'stray'::text, 'timeout'::text]))),
+    CONSTRAINT execution_cancel_kind CHECK ((cancel_kind = ANY (ARRAY['batch_deadline'::text, 'invalid'::text, 'operator'::text, 'start_timeout'::text, 'stray'::text, 'success_policy'::text, 'timeout'::text]))),
     CONSTRAINT execution_ended_is_settled CHECK (((state <> 'ended'::text) OR (open_tasks = 0))),
     CONSTRAINT execution_finished CHECK (((finished_at IS NOT NULL) = (state = 'ended'::text))),
     CONSTRAINT execution_launched_has_handle CHECK (((state <> 'launched'::text) OR (handle IS NOT NULL))),
@@ -220,6 +239,20 @@ CREATE TABLE dispatcher.item_page (
 );
 COMMENT ON TABLE dispatcher.item_page IS 'what the caller of enqueue gave, until it is planned';
 COMMENT ON COLUMN dispatcher.item_page.items IS 'one JSON array, see items.join_items';
+CREATE TABLE dispatcher.item_result (
+    batch_id text NOT NULL,
+    chunk_index integer NOT NULL,
+    "position" integer NOT NULL,
+    attempt integer NOT NULL,
+    ok boolean NOT NULL,
+    output json,
+    output_uri text,
+    error text
+);
+COMMENT ON TABLE dispatcher.item_result IS 'how items ended, as the receipts of their tasks say; the last word on each';
+COMMENT ON COLUMN dispatcher.item_result."position" IS 'in its chunk, from 0';
+COMMENT ON COLUMN dispatcher.item_result.attempt IS 'the number of the one that told it';
+COMMENT ON COLUMN dispatcher.item_result.output IS 'small ones; larger ones lie at output_uri';
 CREATE TABLE dispatcher.schedule_firing (
     schedule text NOT NULL,
     due_at timestamp with time zone NOT NULL,
@@ -282,6 +315,8 @@ ALTER TABLE ONLY dispatcher.installation
     ADD CONSTRAINT installation_pkey PRIMARY KEY (one);
 ALTER TABLE ONLY dispatcher.item_page
     ADD CONSTRAINT item_page_pkey PRIMARY KEY (batch_id, number);
+ALTER TABLE ONLY dispatcher.item_result
+    ADD CONSTRAINT item_result_pkey PRIMARY KEY (batch_id, chunk_index, "position");
 ALTER TABLE ONLY dispatcher.schedule_firing
     ADD CONSTRAINT schedule_firing_pkey PRIMARY KEY (schedule, due_at);
 ALTER TABLE ONLY dispatcher.target
@@ -301,6 +336,7 @@ CREATE INDEX execution_batch ON dispatcher.execution USING btree (batch_id, id);
 CREATE INDEX execution_live ON dispatcher.execution USING btree (target, state, id) WHERE (state = ANY (ARRAY['intended'::text, 'launched'::text, 'unknown'::text]));
 CREATE INDEX execution_live_batch ON dispatcher.execution USING btree (batch_id) WHERE (state = ANY (ARRAY['intended'::text, 'launched'::text, 'unknown'::text]));
 CREATE INDEX execution_live_job ON dispatcher.execution USING btree (job_name) WHERE (state = ANY (ARRAY['intended'::text, 'launched'::text, 'unknown'::text]));
+CREATE INDEX item_result_failed ON dispatcher.item_result USING btree (batch_id, chunk_index, "position") WHERE (NOT ok);
 CREATE TRIGGER event_append_only BEFORE DELETE OR UPDATE ON dispatcher.event FOR EACH ROW EXECUTE FUNCTION dispatcher.refuse_change();
 CREATE TRIGGER event_no_truncate BEFORE TRUNCATE ON dispatcher.event FOR EACH STATEMENT EXECUTE FUNCTION dispatcher.refuse_change();
 ALTER TABLE ONLY dispatcher.attempt
@@ -311,3 +347,5 @@ ALTER TABLE ONLY dispatcher.chunk_items
     ADD CONSTRAINT chunk_items_batch_id_fkey FOREIGN KEY (batch_id) REFERENCES dispatcher.batch(id) ON DELETE CASCADE;
 ALTER TABLE ONLY dispatcher.item_page
     ADD CONSTRAINT item_page_batch_id_fkey FOREIGN KEY (batch_id) REFERENCES dispatcher.batch(id) ON DELETE CASCADE;
+ALTER TABLE ONLY dispatcher.item_result
+    ADD CONSTRAINT item_result_batch_id_fkey FOREIGN KEY (batch_id) REFERENCES dispatcher.batch(id) ON DELETE CASCADE;

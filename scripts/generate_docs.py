@@ -70,6 +70,7 @@ UNSAID: Final[Mapping[str, str]] = {
     "RetryPolicy.factor": "By how much each further wait grows.",
     "RetryPolicy.max": "The longest wait.",
     "SuccessPolicy.max_failed_chunks": "Chunks that may fail or be cancelled.",
+    "SuccessPolicy.max_failed_items": "Items that may fail.",
     "Job.name": "The key in the file: a lower-case letter, then letters, digits and `-`, ≤ 40.",
     "Job.target": "A configured target.",
     "Job.description": "For people.",

@@ -52,7 +52,8 @@ NEVER: Final = {
     """,
     "a planned batch has not the chunks and items that it says": """
         SELECT b.id, b.chunk_count, count(c.index), b.item_count, sum(c.size)
-        FROM dispatcher.batch b LEFT JOIN dispatcher.chunk c ON c.batch_id = b.id
+        FROM dispatcher.batch b LEFT JOIN dispatcher.chunk c
+            ON c.batch_id = b.id AND c.state <> 'split'
         WHERE b.planned_at IS NOT NULL AND b.state <> 'planning'
         GROUP BY b.id HAVING b.chunk_count IS DISTINCT FROM count(c.index)
             OR b.item_count IS DISTINCT FROM coalesce(sum(c.size), 0)
@@ -85,6 +86,23 @@ NEVER: Final = {
             ON a.batch_id = c.batch_id AND a.chunk_index = c.index AND a.number = c.attempts
         WHERE (c.state = 'succeeded') <> (a.outcome IS NOT DISTINCT FROM 'succeeded')
             AND c.state NOT IN ('pending', 'launching', 'running')
+            AND NOT (c.state = 'succeeded' AND c.size = (
+                SELECT count(*) FROM dispatcher.item_result r
+                WHERE r.batch_id = c.batch_id AND r.chunk_index = c.index AND r.ok
+            ))
+    """,
+    "the items that have succeeded are not counted right": """
+        SELECT c.batch_id, c.index, c.items_ok, count(r.position) FROM dispatcher.chunk c
+        LEFT JOIN dispatcher.item_result r
+            ON r.batch_id = c.batch_id AND r.chunk_index = c.index AND r.ok
+        GROUP BY c.batch_id, c.index, c.items_ok, c.state, c.size
+        HAVING c.items_ok <> CASE WHEN c.state = 'succeeded' THEN c.size ELSE count(r.position) END
+    """,
+    "a chunk that was split has not all its items in its parts": """
+        SELECT p.batch_id, p.index, p.size, sum(c.size) FROM dispatcher.chunk p
+        LEFT JOIN dispatcher.chunk c ON c.batch_id = p.batch_id AND c.parent = p.index
+        WHERE p.state = 'split' GROUP BY p.batch_id, p.index, p.size
+        HAVING p.size IS DISTINCT FROM sum(c.size)
     """,
     "a finishing time is missing, or too early for its state": """
         SELECT 'batch', id FROM dispatcher.batch
@@ -92,7 +110,7 @@ NEVER: Final = {
             OR finished_at < created_at
         UNION ALL
         SELECT 'chunk', batch_id FROM dispatcher.chunk
-        WHERE (finished_at IS NOT NULL) <> (state IN ('succeeded', 'failed', 'cancelled'))
+        WHERE (finished_at IS NOT NULL) <> (state IN ('succeeded', 'failed', 'cancelled', 'split'))
         UNION ALL
         SELECT 'execution', key FROM dispatcher.execution
         WHERE (finished_at IS NOT NULL) <> (state = 'ended') OR finished_at < intent_at

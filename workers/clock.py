@@ -39,6 +39,7 @@ LAUNCH_EVERY: Final = 1.0
 FOLLOW_EVERY: Final = 0.5
 STRAYS_EVERY: Final = 60.0
 CLEAN_EVERY: Final = 600.0
+PROGRESS_EVERY: Final = 10.0
 FORGET_WORKERS: Final = timedelta(days=7)
 STUCK_AFTER: Final = 60.0
 """Seconds that the loop may stand still. No call that it makes may take half as long."""
@@ -126,6 +127,12 @@ class Clock:
                     target=name,
                 ),
                 Slot(f"clean {name}", partial(run.engine.clean, name), CLEAN_EVERY, target=name),
+                Slot(
+                    f"progress {name}",
+                    partial(run.engine.follow_progress, name),
+                    PROGRESS_EVERY,
+                    target=name,
+                ),
             ]
         self._pool = ThreadPoolExecutor(len(self._slots), "turn")
 
@@ -251,9 +258,12 @@ class Clock:
         problem = self._run.store.lease(
             name,
             backend=place.target.backend,
-            limits=place.target.model_dump(
-                mode="json", include={"max_running", "max_executions", "launches_per_minute"}
-            ),
+            limits={
+                **place.target.model_dump(
+                    mode="json", include={"max_running", "max_executions", "launches_per_minute"}
+                ),
+                "storage": place.storage is not None,
+            },
             home=place.home,
             lease=lease,
         )

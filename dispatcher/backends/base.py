@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dispatcher.job import Job
 
 __all__ = [
+    "CLAIM_LOST",
     "UNMETERED",
     "Backend",
     "BackendError",
@@ -148,6 +149,9 @@ class _Unmetered:
         """Go on as before."""
 
 
+CLAIM_LOST: Final = 94
+"""The exit code of a task whose key another execution has claimed: see `dispatcher.container`."""
+
 UNMETERED: Final[Meter] = _Unmetered()
 """For tests and checks: every call may be made."""
 
@@ -242,6 +246,10 @@ class LaunchRequest:
     """The prefix, ending in "/", under which each task may write `<task index>.json`; None where no
     storage is configured."""
 
+    claim_uri: str | None = None
+    """What the first task to start creates, so that a double of this execution does nothing; None
+    where a key cannot be launched twice, or no storage is configured."""
+
     wrapped: bool = False
     """The image's entry wrapper takes each task's args and env from the input document."""
 
@@ -300,6 +308,9 @@ class Report:
 
     tasks: tuple[TaskReport, ...] = ()
     """Every task that has ended so far, the ones reported before included."""
+
+    more_in: timedelta | None = None
+    """Where more tasks are known to have ended than are told of here: when a look can tell more."""
 
 
 class Backend(Protocol):
@@ -374,6 +385,13 @@ class Backend(Protocol):
 
         Raises:
             Unavailable: nothing can be said now. Never an outcome.
+        """
+        ...
+
+    def winner(self, handle: Handle, name: str) -> Handle:
+        """Give the handle of the execution that a claim names, beside that of its double.
+
+        The name is what `dispatcher.container` writes: the platform's own for the execution.
         """
         ...
 

@@ -295,6 +295,10 @@ class LocalBackend:
                 self._pass_over(handle, error)
         return reports
 
+    def winner(self, handle: Handle, _name: str) -> Handle:
+        """Give the same handle: a key has one directory, and no double."""
+        return handle
+
     def cancel(self, handle: Handle) -> None:
         """Leave word that the execution is to end, and wake its shim.
 
@@ -406,6 +410,7 @@ class LocalBackend:
                 "max_log_bytes": self.settings.max_log_bytes,
                 "boot_id": shim.boot_id(),
                 "uri": directory.as_uri(),
+                "result_uri": request.result_uri,
                 "tasks": tasks,
             }
             shim.write_json(str(draft / shim.REQUEST), record)

@@ -481,6 +481,9 @@ class Supervisor:
             "DISPATCH_TASK_INDEX": str(task.index),
             "DISPATCH_RESULT_URI": f"{uri}/{RESULT}",
         }
+        # Where a storage is configured the result lies there, and outlives this directory.
+        if self._request.get("result_uri"):
+            identity["DISPATCH_RESULT_URI"] = f"{self._request['result_uri']}{task.index}.json"
         if task.items is None:
             identity["DISPATCH_INPUT_URI"] = f"{uri}/{INPUT}"
         else:

@@ -17,6 +17,7 @@ from datetime import timedelta
 from dispatcher.backends.base import Backend
 from dispatcher.backends.registry import make_backend
 from dispatcher.config import Config
+from dispatcher.engine.claiming import Claims
 from dispatcher.engine.definitions import Definitions
 from dispatcher.engine.firer import Firer
 from dispatcher.engine.launcher import Launcher
@@ -25,6 +26,7 @@ from dispatcher.engine.place import READERS, Place, Round, boottime
 from dispatcher.engine.planner import Planner
 from dispatcher.engine.plans import PlanCache
 from dispatcher.engine.poller import Poller
+from dispatcher.engine.receipts import ReceiptReader
 from dispatcher.engine.settler import Settler
 from dispatcher.engine.sweeper import Sweeper
 from dispatcher.storage import Storage
@@ -81,7 +83,8 @@ class Engine:
         plans = PlanCache(store)
         self._firer = Firer(store, config)
         self._planner = Planner(store, self.places)
-        self._settler = Settler(store, plans, roll)
+        self._receipts = ReceiptReader(store, plans)
+        self._settler = Settler(store, plans, self._receipts, roll)
         self._launcher = Launcher(
             store,
             plans,
@@ -91,14 +94,18 @@ class Engine:
             monotonic=monotonic,
             roll=roll,
         )
-        self._poller = Poller(store, self._settler, monotonic)
-        self._sweeper = Sweeper(store, self._launcher, self._settler, monotonic, storage_keep)
+        claims = Claims(store)
+        self._poller = Poller(store, self._settler, claims, monotonic)
+        self._sweeper = Sweeper(
+            store, self._launcher, self._settler, claims, monotonic, storage_keep
+        )
 
     def close(self) -> None:
         """Let the threads end; a call that is open goes on, and is found by its key."""
         for place in self.places.values():
             place.callers.shutdown(wait=False, cancel_futures=True)
             place.readers.shutdown(wait=False, cancel_futures=True)
+        self._receipts.close()
 
     def fire(self) -> list[str]:
         """Enqueue the batches of all schedules' due times; the batches, for the caller to plan."""
@@ -142,6 +149,10 @@ class Engine:
     def sweep_strays(self, target: str) -> None:
         """Cancel what runs on a target under our label and belongs to no live execution."""
         self._sweeper.strays(self.places[target])
+
+    def follow_progress(self, target: str) -> int:
+        """Read how far some running tasks are; how many told."""
+        return self._receipts.follow_progress(self.places[target])
 
     def clean(self, target: str) -> int:
         """Remove what finished executions have left on a target; say how much."""

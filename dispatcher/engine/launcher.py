@@ -28,7 +28,7 @@ from dispatcher.backends.base import (
     Unavailable,
 )
 from dispatcher.config import Target
-from dispatcher.documents import document, input_path, needs_document, result_prefix
+from dispatcher.documents import claim_path, document, input_path, needs_document, result_prefix
 from dispatcher.engine.place import Call, Ending, Place, Round, plain, report_breach
 from dispatcher.engine.plans import PlanCache
 from dispatcher.engine.settler import Settler
@@ -40,6 +40,7 @@ from dispatcher.states import CancelKind, Outcome
 from dispatcher.storage import Storage
 from dispatcher.store import Conflict, Store, again
 from dispatcher.store.rows import (
+    Claimed,
     ExecutionRow,
     Intent,
     TargetRow,
@@ -164,15 +165,15 @@ class Launcher:
                         job_name=plan.job.name,
                         parallelism=request.parallelism,
                         request=audit_copy(request),
-                        chunks=tuple((t.chunk_index, t.attempt) for t in request.tasks),
+                        chunks=chunks,
                     )
-                    for plan, request in calls
+                    for plan, request, chunks in calls
                 ],
                 window=self._window,
             )
             if tokens is not None:
                 store.write_tokens(tx, target.name, "launch", tokens - len(calls))
-        return [Call(ids[request.key], request, plan) for plan, request in calls]
+        return [Call(ids[request.key], request, plan) for plan, request, _ in calls]
 
     def _free(
         self, tx: sa.Connection, target: Target, row: TargetRow, tokens: float | None
@@ -263,7 +264,7 @@ class Launcher:
 
     def _claim(
         self, tx: sa.Connection, plan: Plan, packs: Sequence[int], target: TargetRow
-    ) -> list[tuple[Plan, LaunchRequest]]:
+    ) -> list[tuple[Plan, LaunchRequest, tuple[Claimed, ...]]]:
         """Take due chunks of a batch and write the requests of the executions that hold them."""
         claimed = self._store.claim(tx, plan.batch_id, sum(packs))
         items = self._store.items_of(tx, plan.batch_id, [c.chunk_index for c in claimed])
@@ -275,7 +276,7 @@ class Launcher:
                 request = launch_request(
                     plan, key, target.instance, chunks, items, intended_at=target.now
                 )
-                requests.append((plan, request))
+                requests.append((plan, request, tuple(chunks)))
         return requests
 
     def _call(self, place: Place, calls: Sequence[Call], by: float) -> None:
@@ -435,7 +436,7 @@ class Launcher:
             instance = self._store.instance(tx)
             plans = self._plans.of(tx, [row.batch_id], place)
             chunks = self._store.chunks_of(tx, row.id)
-            items = self._store.items_of(tx, row.batch_id, [index for index, _ in chunks])
+            items = self._store.items_of(tx, row.batch_id, [one.chunk_index for one in chunks])
         if row.batch_id not in plans:
             return None
         plan = plans[row.batch_id]
@@ -519,8 +520,16 @@ def _with_storage(place: Place, request: LaunchRequest) -> LaunchRequest:
                     "(options.max_tasks)"
                 )
             uri = _write_document(storage, request, text)
-    prefix = None if storage is None else storage.uri(result_prefix(request))
-    return replace(request, input_uri=uri, result_uri=prefix)
+    if storage is None:
+        return request
+    return replace(
+        request,
+        input_uri=uri,
+        result_uri=storage.uri(result_prefix(request)),
+        claim_uri=None
+        if place.backend.limits.relaunch_safe
+        else storage.uri(claim_path(request.key)),
+    )
 
 
 def _write_document(storage: Storage, request: LaunchRequest, text: bytes) -> str:

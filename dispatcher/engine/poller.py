@@ -7,6 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
+from typing import Final
 
 import structlog
 
@@ -17,8 +18,10 @@ from dispatcher.backends.base import (
     Report,
     Unavailable,
 )
+from dispatcher.engine.claiming import Claims
 from dispatcher.engine.place import Ending, Place, report_breach
 from dispatcher.engine.settler import SETTLE_TASKS, Settler
+from dispatcher.errors import DispatcherError
 from dispatcher.polling import page_interval
 from dispatcher.states import Outcome
 from dispatcher.store import Store, again
@@ -28,13 +31,19 @@ __all__ = ["Poller"]
 
 log = structlog.get_logger(__name__)
 
+NOT_SETTLED: Final = 5.0
+"""Seconds after which what could not be settled is looked at anew."""
+
 
 class Poller:
     """Asks backends for reports and writes what the rows do not say yet."""
 
-    def __init__(self, store: Store, settler: Settler, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self, store: Store, settler: Settler, claims: Claims, monotonic: Callable[[], float]
+    ) -> None:
         self._store = store
         self._settler = settler
+        self._claims = claims
         self._monotonic = monotonic
 
     def poll(self, place: Place) -> int:
@@ -105,8 +114,22 @@ class Poller:
                 place.watch.seen(one, now)
             elif report.phase is Phase.ABSENT:
                 self._read_absent(place, one, now, notes)
-            else:
+            elif not self._follow_winner(place, one, report, now):
                 self._read_present(place, one, report, now, notes)
+
+    def _follow_winner(self, place: Place, one: Watched, report: Report, now: float) -> bool:
+        """Turn from an execution whose claim another one has to that one; whether it was so."""
+        if not self._claims.lost(place, report):
+            return False
+        try:
+            followed = self._claims.follow(place, one.id, one.handle)
+        except DispatcherError as error:
+            log.warning("a claim cannot be read now", handle=one.handle, why=str(error))
+            place.watch.put_off([one.id], now + NOT_SETTLED)
+            return True
+        if followed:
+            place.watch.put_off([one.id], now)
+        return followed
 
     def _read_present(
         self, place: Place, one: Watched, report: Report, now: float, notes: _Notes
@@ -124,7 +147,8 @@ class Poller:
         if final:
             place.watch.ended(one, _seconds(report))
         else:
-            place.watch.seen(one, now)
+            more_in = report.more_in
+            place.watch.seen(one, now, None if more_in is None else more_in.total_seconds())
             one.settled.update(task.index for task in ended)
         if ended or final:
             notes.endings.append(Ending(one.id, ended, final))
@@ -161,7 +185,8 @@ class Poller:
             again(partial(self._store.mark_started, dict(sorted(notes.started.items()))))
         if notes.absent:
             again(partial(self._store.mark_absent, sorted(notes.absent)))
-        self._settler.settle(place, notes.endings)
+        left = self._settler.settle(place, notes.endings)
+        place.watch.put_off(left, self._monotonic() + NOT_SETTLED)
 
 
 @dataclass(slots=True)

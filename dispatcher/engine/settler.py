@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import sqlalchemy as sa
 import structlog
@@ -19,8 +19,11 @@ from dispatcher.backends.base import (
 )
 from dispatcher.engine.place import Ending, Place, plain
 from dispatcher.engine.plans import PlanCache
+from dispatcher.engine.receipts import Found, ReceiptReader
 from dispatcher.errors import DispatcherError
-from dispatcher.judging import judge, verdict
+from dispatcher.items import join_items, split_items
+from dispatcher.judging import beyond, judge, verdict
+from dispatcher.receipts import halves, open_positions, weigh
 from dispatcher.requests import Plan
 from dispatcher.retrying import decide
 from dispatcher.states import CancelKind, ChunkState, Outcome
@@ -30,6 +33,7 @@ from dispatcher.store.rows import (
     ExecutionRow,
     MovedChunk,
     OpenAttempt,
+    Part,
 )
 
 __all__ = ["Settler", "end_finished_batches"]
@@ -39,41 +43,69 @@ log = structlog.get_logger(__name__)
 SETTLE_TASKS: Final = 2_000
 """Tasks settled in one transaction, about."""
 
+SETTLE_RECEIPTS: Final = 200
+"""The same where receipts are read: each may tell of many items."""
+
 LOGGED_FAILURES: Final = 5
 """Log tails kept from one settle: enough to see why, within a provider's quota of log reads."""
 
 LOG_LINES: Final = 20
 
+Failed: TypeAlias = tuple[str, OpenAttempt]
+"""The handle and the attempt of a task that ended badly."""
+
 
 class Settler:
     """Settles attempts, as soon as their tasks are known to have ended."""
 
-    def __init__(self, store: Store, plans: PlanCache, roll: Callable[[], float]) -> None:
+    def __init__(
+        self, store: Store, plans: PlanCache, receipts: ReceiptReader, roll: Callable[[], float]
+    ) -> None:
         self._store = store
         self._plans = plans
+        self._receipts = receipts
         self._roll = roll
 
-    def settle(self, place: Place, endings: Sequence[Ending]) -> None:
-        """Write outcomes, decide on retries, move chunks and, with the last one, the batch."""
-        if not endings:
-            return
-        for part in _parts(endings):
-            for failed in self._settle_part(place, part)[:LOGGED_FAILURES]:
-                self._keep_log(place, failed)
+    def settle(self, place: Place, endings: Sequence[Ending]) -> set[int]:
+        """Write outcomes, decide on retries, move chunks and, with the last one, the batch.
 
-    def _settle_part(self, place: Place, part: Sequence[Ending]) -> list[tuple[str, OpenAttempt]]:
+        Returns the executions of which something could not be settled: their receipts cannot be
+        read now, or the rows not be written. They must be looked at anew.
+        """
+        left: set[int] = set()
+        most = SETTLE_TASKS if place.storage is None else SETTLE_RECEIPTS
+        for part in _parts(endings, most):
+            found, unread = self._receipts.read(place, part)
+            left |= unread
+            ready = [one for one in part if one.execution_id not in left]
+            if ready:
+                failed, unsettled = self._settle_part(place, ready, found)
+                left |= unsettled
+                for one in failed[:LOGGED_FAILURES]:
+                    self._keep_log(place, one)
+        return left
+
+    def _settle_part(
+        self, place: Place, part: Sequence[Ending], found: Found
+    ) -> tuple[list[Failed], set[int]]:
         """Settle in one transaction, or one by one if a single ending spoils it for the others."""
         try:
-            return again(partial(self._settle, place, part))
+            return again(partial(self._settle, place, part, found)), set()
         except DispatcherError:
             raise
         except Exception:
             log.exception("cannot be settled", executions=[one.execution_id for one in part][:10])
             if len(part) == 1:
-                return []
-        return [failed for one in part for failed in self._settle_part(place, [one])]
+                return [], {part[0].execution_id}
+        failed: list[Failed] = []
+        left: set[int] = set()
+        for one in part:
+            more, unsettled = self._settle_part(place, [one], found)
+            failed += more
+            left |= unsettled
+        return failed, left
 
-    def _settle(self, place: Place, endings: Sequence[Ending]) -> list[tuple[str, OpenAttempt]]:
+    def _settle(self, place: Place, endings: Sequence[Ending], found: Found) -> list[Failed]:
         """Settle in one transaction; the handles and attempts of tasks that ended badly."""
         store = self._store
         ids = sorted({ending.execution_id for ending in endings})
@@ -92,12 +124,16 @@ class Settler:
             closed = Counter(dict.fromkeys(executions, 0))
             closed.update(closing.attempt.execution_id for closing in closings)
             plans = self._plans.of(tx, {c.attempt.batch_id for c in closings}, place)
+            closings = [_with_receipt(c, found, plans) for c in closings]
             moved = self._moves(tx, closings, batches, executions, ended, plans)
             if moved:
                 store.close_attempts(tx, moved)
+                store.write_results(tx, moved)
+                self._split(tx, moved)
             if closed:
                 store.finish_tasks(tx, closed, ended, _starts(closings))
             self._release(tx, moved, ended, plans)
+            self._stop_early(tx, moved, plans)
             end_finished_batches(store, tx, {c.attempt.batch_id for c in closings})
         return [
             (handle, c.attempt)
@@ -122,30 +158,81 @@ class Settler:
         moved = []
         for closing in closings:
             attempt, outcome = closing.attempt, closing.outcome
+            items_ok = attempt.items_ok + sum(result.ok for result in closing.results)
+            move = partial(MovedChunk, closing, items_ok=items_ok)
             if outcome is Outcome.SUCCEEDED:
-                moved.append(MovedChunk(closing, ChunkState.SUCCEEDED, None, 0.0, None))
+                moved.append(
+                    MovedChunk(
+                        closing, ChunkState.SUCCEEDED, None, 0.0, None, items_ok=attempt.size
+                    )
+                )
+                continue
+            if items_ok == attempt.size and outcome is not Outcome.CANCELLED:
+                reason = f"each of its items has succeeded; the last attempt: {closing.reason}"
+                moved.append(move(ChunkState.SUCCEEDED, reason, 0.0, None))
                 continue
             cancel = batches.get(attempt.batch_id)
             plan = plans.get(attempt.batch_id)
             if cancel is not None or plan is None:
                 operator = cancel == CancelKind.OPERATOR
                 state = ChunkState.CANCELLED if operator else ChunkState.FAILED
-                moved.append(MovedChunk(closing, state, closing.reason, 0.0, None))
+                moved.append(move(state, closing.reason, 0.0, None))
                 continue
             tally = Counter(tallies.get((attempt.batch_id, attempt.chunk_index), {}))
             tally[outcome] += 1
+            policy, left = plan.job.retry, attempt.size - items_ok
+            if attempt.depth and left > 1:
+                # Its parent has had all the tries; this one only looks where the fault is.
+                policy = policy.model_copy(update={"attempts": 1})
             decision = decide(
-                plan.job.retry, outcome, closing.exit_code, tally, rolls[attempt.execution_id]
+                policy, outcome, closing.exit_code, tally, rolls[attempt.execution_id]
             )
             reason = f"{decision.reason}: {closing.reason}" if closing.reason else decision.reason
-            if not decision.retry:
-                moved.append(MovedChunk(closing, ChunkState.FAILED, reason, 0.0, None))
-                continue
-            waits = plan.max_tasks > 1 and attempt.execution_id not in ended
-            hold = plan.job.retry.pack_wait.total_seconds() if waits else None
-            delay = decision.delay.total_seconds()
-            moved.append(MovedChunk(closing, ChunkState.PENDING, reason, delay, hold))
+            if decision.retry:
+                waits = plan.max_tasks > 1 and attempt.execution_id not in ended
+                hold = plan.job.retry.pack_wait.total_seconds() if waits else None
+                delay = decision.delay.total_seconds()
+                moved.append(move(ChunkState.PENDING, reason, delay, hold))
+            elif policy.on_failure == "split" and left > 1 and _hides_the_fault(closing):
+                # Who reports item by item does them in their order: the first that was not
+                # reported is the one that was at work. If that was wrong, halves come next.
+                alone = closing.receipt is not None and attempt.depth % 2 == 0
+                moved.append(move(ChunkState.SPLIT, reason, 0.0, None, first_alone=alone))
+            else:
+                moved.append(move(ChunkState.FAILED, reason, 0.0, None))
         return moved
+
+    def _split(self, tx: sa.Connection, moved: Sequence[MovedChunk]) -> None:
+        """Write the chunks in which the items of split ones go on."""
+        for one in moved:
+            if one.state is not ChunkState.SPLIT:
+                continue
+            attempt = one.closing.attempt
+            texts = split_items(self._store.chunk_text(tx, attempt.batch_id, attempt.chunk_index))
+            done = self._store.items_done(tx, attempt.batch_id, [attempt.chunk_index])
+            succeeded = done.get(attempt.chunk_index, [])
+            cut = halves(open_positions(attempt.size, succeeded), first_alone=one.first_alone)
+            parts = [
+                Part(positions, join_items(texts[p] for p in positions), positions is succeeded)
+                for positions in (*cut, *([succeeded] if succeeded else []))
+            ]
+            reason = f"split from chunk {attempt.chunk_index}"
+            self._store.split(tx, attempt, parts, reason)
+
+    def _stop_early(
+        self, tx: sa.Connection, moved: Sequence[MovedChunk], plans: Mapping[str, Plan]
+    ) -> None:
+        """Cancel batches whose success policy can no longer be met, where it says so."""
+        failing = {one.closing.attempt.batch_id for one in moved if one.state is ChunkState.FAILED}
+        strict = [
+            batch_id
+            for batch_id in failing
+            if batch_id in plans and plans[batch_id].job.success.stops_early
+        ]
+        for row in self._store.standing_of(tx, strict) if strict else ():
+            why = beyond(row)
+            if why is not None:
+                self._store.request_cancel(tx, row.id, CancelKind.SUCCESS_POLICY, why)
 
     def _release(
         self,
@@ -176,15 +263,7 @@ class Settler:
 def end_finished_batches(store: Store, tx: sa.Connection, batch_ids: Iterable[str]) -> None:
     """End those of the locked batches of which no chunk is open."""
     for row in store.finished_batches(tx, batch_ids):
-        state, reason = verdict(
-            succeeded=row.succeeded,
-            failed=row.failed,
-            cancelled=row.cancelled,
-            max_failed_chunks=row.max_failed_chunks,
-            cancel_kind=row.cancel_kind,
-            cancel_reason=row.cancel_reason,
-            example=row.example,
-        )
+        state, reason = verdict(row)
         store.end_batch(tx, row.id, state, reason)
 
 
@@ -219,6 +298,35 @@ def _closings(
     return closings
 
 
+def _with_receipt(closing: Closing, found: Found, plans: Mapping[str, Plan]) -> Closing:
+    """Weigh what a task wrote with what the provider says of it."""
+    attempt = closing.attempt
+    plan = plans.get(attempt.batch_id)
+    told = found.get((attempt.execution_id, attempt.task_index))
+    receipt = None if told is None else told.receipt
+    required = plan is not None and plan.job.receipt == "required"
+    problem = None
+    if told is not None and (required or not told.foreign):
+        problem = told.problem
+    outcome, reason = weigh(closing.outcome, closing.reason, receipt, problem, required=required)
+    if receipt is None:
+        return closing._replace(outcome=outcome, reason=reason)
+    return closing._replace(
+        outcome=outcome,
+        reason=reason,
+        result_uri=receipt.uri or closing.result_uri,
+        results=receipt.items,
+        receipt="complete" if receipt.complete else "partial",
+    )
+
+
+def _hides_the_fault(closing: Closing) -> bool:
+    """Say if smaller chunks would tell more: the items that failed are not known by name."""
+    if closing.outcome in (Outcome.CANCELLED, Outcome.REJECTED):
+        return False
+    return closing.receipt != "complete"
+
+
 def _storable(task: TaskReport) -> TaskReport:
     """Make what a backend says fit the rows: exit codes may be larger, times without a zone."""
     code, reason = task.exit_code, task.reason
@@ -241,15 +349,24 @@ def _starts(closings: Iterable[Closing]) -> dict[int, datetime | None]:
     return starts
 
 
-def _parts(endings: Sequence[Ending]) -> Iterator[list[Ending]]:
-    """Cut endings into parts that are settled in one transaction each."""
+def _parts(endings: Sequence[Ending], most: int) -> Iterator[list[Ending]]:
+    """Cut endings into parts that are settled in one transaction each; a large one into pieces."""
     part: list[Ending] = []
     tasks = 0
     for ending in endings:
-        part.append(ending)
-        tasks += len(ending.tasks) or 1
-        if tasks >= SETTLE_TASKS:
-            yield part
-            part, tasks = [], 0
+        for piece in _pieces(ending, most):
+            part.append(piece)
+            tasks += len(piece.tasks) or 1
+            if tasks >= most:
+                yield part
+                part, tasks = [], 0
     if part:
         yield part
+
+
+def _pieces(ending: Ending, most: int) -> Iterator[Ending]:
+    """Cut an ending of many tasks; only with the last piece does the execution end."""
+    while len(ending.tasks) > most:
+        yield replace(ending, tasks=ending.tasks[:most], final=False)
+        ending = replace(ending, tasks=ending.tasks[most:])
+    yield ending

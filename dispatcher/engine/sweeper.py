@@ -11,9 +11,11 @@ import structlog
 
 from dispatcher.backends.base import (
     BackendError,
+    Launched,
     Rejected,
     Unavailable,
 )
+from dispatcher.engine.claiming import Claims
 from dispatcher.engine.launcher import Launcher
 from dispatcher.engine.place import READERS, Ending, Place, report_breach
 from dispatcher.engine.settler import Settler, end_finished_batches
@@ -51,9 +53,11 @@ class Sweeper:
         store: Store,
         launcher: Launcher,
         settler: Settler,
+        claims: Claims,
         monotonic: Callable[[], float],
         keep: timedelta,
     ) -> None:
+        self._claims = claims
         self._store = store
         self._launcher = launcher
         self._settler = settler
@@ -190,9 +194,28 @@ class Sweeper:
         for found in running:
             state, handle = known.get(found.key, ("ended", None))
             if state == "ended" or (handle is not None and handle != found.handle):
+                if state != "ended" and handle is not None and self._won(place, found, handle):
+                    continue
                 reason = "it runs and no open execution owns it"
                 if self._store.record_stray(target, found, reason):
                     log.warning("stray", target=target, handle=found.handle)
+
+    def _won(self, place: Place, found: Launched, handle: str) -> bool:
+        """Say if what looks like a stray is the one that does the work; then it is followed.
+
+        While that cannot be found out it is left alone.
+        """
+        try:
+            if self._claims.winner(place, found.key, handle) != found.handle:
+                return False
+        except DispatcherError as error:
+            log.warning("a claim cannot be read now", key=found.key, why=str(error))
+            return True
+        reason = f"the claim belongs to {found.handle}, and {handle} does nothing"
+        followed = self._store.follow_winner(found.key, handle, found.handle, reason)
+        if followed:
+            place.watch.forget_handle(handle)
+        return followed
 
     def clean(self, place: Place) -> int:
         """Remove what finished executions have left, there and in the storage; say how much."""

@@ -30,12 +30,13 @@ class EnqueueStore(BaseStore):
             WITH b AS (
                 INSERT INTO dispatcher.batch (
                     id, key, request, job_name, job, code_version, target, params, labels, priority,
-                    items_from, state, actor, created_at, deadline, max_failed_chunks
+                    items_from, state, actor, created_at, deadline, max_failed_chunks,
+                    max_failed_items, min_ratio, stop_early
                 ) VALUES (
                     :id, :key, CAST(:request AS json), :job_name, CAST(:job AS json), :code_version,
                     :target, CAST(:params AS json), CAST(:labels AS json), :priority, :items_from,
                     'planning', :actor, now(), now() + CAST(:deadline AS interval),
-                    :max_failed_chunks
+                    :max_failed_chunks, :max_failed_items, :min_ratio, :stop_early
                 )
                 ON CONFLICT (key) DO NOTHING RETURNING id
             ), p AS (
@@ -61,6 +62,9 @@ class EnqueueStore(BaseStore):
             actor=new.actor,
             deadline=new.deadline,
             max_failed_chunks=new.max_failed_chunks,
+            max_failed_items=new.max_failed_items,
+            min_ratio=new.min_ratio,
+            stop_early=new.stop_early,
             count=count,
             items=items,
         )

@@ -191,3 +191,31 @@ class FollowStore(BaseStore):
                 keys=list(keys),
             )
             return {row[0]: (row[1], row[2]) for row in rows}
+
+    def follow_winner(self, key: str, old: str, new: str, reason: str) -> bool:
+        """Change the handle of a launched execution to that of the one which claimed its key."""
+        with self.transaction() as tx:
+            moved = self.run(
+                tx,
+                """
+                WITH e AS (
+                    UPDATE dispatcher.execution
+                    SET handle = :new, console_url = NULL, logs_url = NULL, absent_since = NULL,
+                        reason = :reason
+                    WHERE key = :key AND state = 'launched' AND handle = :old
+                    RETURNING id, batch_id
+                ), v AS (
+                    INSERT INTO dispatcher.event
+                        (at, actor, kind, batch_id, execution_id, old, new, reason)
+                    SELECT now(), :actor, 'execution', batch_id, id, 'launched', 'launched', :reason
+                    FROM e
+                )
+                SELECT id FROM e
+                """,
+                key=key,
+                old=old,
+                new=new,
+                reason=reason,
+                actor=self.actor,
+            )
+            return moved.first() is not None

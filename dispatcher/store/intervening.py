@@ -120,6 +120,17 @@ class InterveneStore(PlanStore):
             return None
         if state in (BatchState.PLANNING, BatchState.RUNNING):
             return BatchState(state), 0
+        if not failed_only:
+            # Everything anew: what succeeded before says nothing of what will be done now.
+            self.run(tx, "DELETE FROM dispatcher.item_result WHERE batch_id = :id", id=batch_id)
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.chunk SET items_ok = 0
+                WHERE batch_id = :id AND items_ok > 0 AND state <> 'split'
+                """,
+                id=batch_id,
+            )
         moved = self.run(
             tx,
             """

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from dispatcher import schema
 from dispatcher.backends.base import Launched
+from dispatcher.receipts import open_positions
 from dispatcher.store.base import LIVE, BaseStore
 from dispatcher.store.rows import (
     Claimed,
@@ -188,12 +189,39 @@ class LaunchStore(BaseStore):
             UPDATE dispatcher.chunk c
             SET state = 'launching', attempts = c.attempts + 1, hold_until = NULL, reason = NULL
             FROM picked p WHERE c.batch_id = p.batch_id AND c.index = p.index
-            RETURNING c.index, c.attempts
+            RETURNING c.index, c.attempts, c.items_ok, c.size
             """,
             batch_id=batch_id,
             most=most,
         )
-        return sorted(Claimed(*row) for row in rows)
+        claimed = {row[0]: row for row in rows}
+        partly = [index for index, row in claimed.items() if row[2]]
+        done = self.items_done(tx, batch_id, partly) if partly else {}
+        return [
+            Claimed(
+                index,
+                number,
+                open_positions(size, done[index]) if index in done else None,
+            )
+            for index, number, _, size in (claimed[index] for index in sorted(claimed))
+        ]
+
+    def items_done(
+        self, tx: sa.Connection, batch_id: str, indexes: Sequence[int]
+    ) -> dict[int, list[int]]:
+        """Read which items of chunks have succeeded, as receipts say."""
+        rows = self.run(
+            tx,
+            """
+            SELECT chunk_index, array_agg(position ORDER BY position)
+            FROM dispatcher.item_result
+            WHERE batch_id = :batch_id AND chunk_index = ANY(:indexes) AND ok
+            GROUP BY chunk_index
+            """,
+            batch_id=batch_id,
+            indexes=list(indexes),
+        )
+        return {row[0]: row[1] for row in rows}
 
     def items_of(self, tx: sa.Connection, batch_id: str, indexes: Sequence[int]) -> dict[int, str]:
         """Read the items of chunks, as JSON text."""
@@ -252,23 +280,26 @@ class LaunchStore(BaseStore):
         )
         ids: dict[str, int] = {row[0]: row[1] for row in rows}
         opened = [
-            (i.batch_id, index, number, ids[i.key], place)
+            (i.batch_id, one.chunk_index, one.number, ids[i.key], place, _array(one.positions))
             for i in intents
-            for place, (index, number) in enumerate(i.chunks)
+            for place, one in enumerate(i.chunks)
         ]
-        batches, chunks, numbers, executions, places = zip(*opened, strict=True)
+        batches, chunks, numbers, executions, places, positions = zip(*opened, strict=True)
         self.run(
             tx,
             """
             WITH n AS (
                 SELECT * FROM unnest(
                     CAST(:batches AS text[]), CAST(:chunks AS int[]), CAST(:numbers AS int[]),
-                    CAST(:executions AS bigint[]), CAST(:places AS int[])
-                ) AS n (batch_id, chunk_index, number, execution_id, place)
+                    CAST(:executions AS bigint[]), CAST(:places AS int[]),
+                    CAST(:positions AS text[])
+                ) AS n (batch_id, chunk_index, number, execution_id, place, positions)
             ), a AS (
                 INSERT INTO dispatcher.attempt
-                    (batch_id, chunk_index, number, execution_id, task_index, opened_at)
-                SELECT batch_id, chunk_index, number, execution_id, place, now() FROM n
+                    (batch_id, chunk_index, number, execution_id, task_index, positions, opened_at)
+                SELECT batch_id, chunk_index, number, execution_id, place,
+                    CAST(positions AS int[]), now()
+                FROM n
             )
             INSERT INTO dispatcher.event
                 (at, actor, kind, batch_id, chunk_index, attempt, execution_id, old, new)
@@ -282,6 +313,7 @@ class LaunchStore(BaseStore):
             numbers=list(numbers),
             executions=list(executions),
             places=list(places),
+            positions=list(positions),
         )
         return ids
 
@@ -562,9 +594,14 @@ class LaunchStore(BaseStore):
         rows = self.run(
             tx,
             """
-            SELECT chunk_index, number FROM dispatcher.attempt
+            SELECT chunk_index, number, positions FROM dispatcher.attempt
             WHERE execution_id = :id ORDER BY task_index
             """,
             id=execution_id,
         )
         return [Claimed(*row) for row in rows]
+
+
+def _array(positions: Sequence[int] | None) -> str | None:
+    """Write an array as Postgres reads it from text: arrays of arrays must all be of one length."""
+    return None if positions is None else "{" + ",".join(map(str, positions)) + "}"

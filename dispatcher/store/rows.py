@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from dispatcher.receipts import ItemResult
 from dispatcher.states import ChunkState, Outcome
 
 __all__ = [
-    "BatchVerdictRow",
     "Claimed",
     "Closing",
     "ExecutionRow",
@@ -17,6 +17,8 @@ __all__ = [
     "MovedChunk",
     "NewBatch",
     "OpenAttempt",
+    "OpenTask",
+    "Part",
     "TargetRow",
     "WaitingBatch",
 ]
@@ -38,7 +40,10 @@ class NewBatch:
     items_from: str
     actor: str
     deadline: timedelta
-    max_failed_chunks: int
+    max_failed_chunks: int | None
+    max_failed_items: int | None
+    min_ratio: float | None
+    stop_early: bool
 
 
 class TargetRow(NamedTuple):
@@ -70,6 +75,8 @@ class Claimed(NamedTuple):
 
     chunk_index: int
     number: int
+    positions: list[int] | None = None
+    """The items that it is given; None: all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +88,8 @@ class Intent:
     job_name: str
     parallelism: int
     request: str
-    chunks: tuple[tuple[int, int], ...]
-    """Chunk index and attempt number, by task index."""
+    chunks: tuple[Claimed, ...]
+    """By task index."""
 
 
 class ExecutionRow(NamedTuple):
@@ -119,6 +126,44 @@ class OpenAttempt(NamedTuple):
     execution_id: int
     task_index: int
     budget_from: int
+    size: int
+    """Items of its chunk."""
+
+    items_ok: int
+    """Those of them that had succeeded before."""
+
+    depth: int
+    positions: list[int] | None
+
+    @property
+    def given(self) -> list[int]:
+        """The items of its chunk that it was given."""
+        return list(range(self.size)) if self.positions is None else self.positions
+
+
+class OpenTask(NamedTuple):
+    """A task that has not been settled, as its receipt is looked for."""
+
+    execution_id: int
+    task_index: int
+    key: str
+    batch_id: str
+    number: int
+    items: int
+    """How many it was given."""
+
+
+class Part(NamedTuple):
+    """A chunk that another one is split into."""
+
+    positions: list[int]
+    """Its items, as places in the chunk that is split."""
+
+    items: str
+    """The same as a JSON array."""
+
+    done: bool
+    """Whether they had all succeeded."""
 
 
 class Closing(NamedTuple):
@@ -131,6 +176,11 @@ class Closing(NamedTuple):
     started_at: datetime | None
     ended_at: datetime | None
     result_uri: str | None = None
+    results: tuple[ItemResult, ...] = ()
+    """Of items, as its receipt says; places among the items that the attempt was given."""
+
+    receipt: Literal["complete", "partial"] | None = None
+    """What kind of receipt it wrote; None if none that can be used."""
 
 
 class MovedChunk(NamedTuple):
@@ -144,15 +194,8 @@ class MovedChunk(NamedTuple):
     hold: float | None
     """Seconds that it waits for company in a pack, counted from now."""
 
+    items_ok: int = 0
+    """Items of it that have succeeded now."""
 
-class BatchVerdictRow(NamedTuple):
-    """A batch whose last chunk is final."""
-
-    id: str
-    max_failed_chunks: int
-    cancel_kind: str | None
-    cancel_reason: str | None
-    succeeded: int
-    failed: int
-    cancelled: int
-    example: str | None
+    first_alone: bool = False
+    """Of a chunk that is split: whether its first open item goes alone."""

@@ -7,13 +7,15 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
+from dispatcher.judging import Policy, Standing
 from dispatcher.states import BatchState
 from dispatcher.store.base import EXECUTION_COLUMNS, LIVE, OPEN, BaseStore
 from dispatcher.store.rows import (
-    BatchVerdictRow,
     ExecutionRow,
     MovedChunk,
     OpenAttempt,
+    OpenTask,
+    Part,
 )
 
 __all__ = ["SettleStore"]
@@ -59,7 +61,8 @@ class SettleStore(BaseStore):
         rows = self.run(
             tx,
             """
-            SELECT a.batch_id, a.chunk_index, a.number, a.execution_id, a.task_index, c.budget_from
+            SELECT a.batch_id, a.chunk_index, a.number, a.execution_id, a.task_index, c.budget_from,
+                c.size, c.items_ok, c.depth, a.positions
             FROM dispatcher.attempt a
             JOIN dispatcher.chunk c ON c.batch_id = a.batch_id AND c.index = a.chunk_index
             WHERE a.execution_id = ANY(:ids) AND a.outcome IS NULL
@@ -67,6 +70,64 @@ class SettleStore(BaseStore):
             ids=list(execution_ids),
         )
         return {(row[3], row[4]): OpenAttempt(*row) for row in rows}
+
+    def open_tasks(self, tx: sa.Connection, execution_ids: Sequence[int]) -> list[OpenTask]:
+        """Read the tasks of executions that are not settled, to look for their receipts."""
+        rows = self.run(
+            tx,
+            """
+            SELECT a.execution_id, a.task_index, e.key, a.batch_id, a.number,
+                coalesce(cardinality(a.positions), c.size)
+            FROM dispatcher.attempt a
+            JOIN dispatcher.execution e ON e.id = a.execution_id
+            JOIN dispatcher.chunk c ON c.batch_id = a.batch_id AND c.index = a.chunk_index
+            WHERE a.execution_id = ANY(:ids) AND a.outcome IS NULL
+            ORDER BY a.execution_id, a.task_index
+            """,
+            ids=sorted(set(execution_ids)),
+        )
+        return [OpenTask(*row) for row in rows]
+
+    def running_tasks(self, target: str, most: int) -> list[OpenTask]:
+        """Choose running tasks of a target whose progress was not looked at for longest."""
+        with self.transaction() as tx:
+            rows = self.run(
+                tx,
+                """
+                SELECT a.execution_id, a.task_index, e.key, a.batch_id, a.number,
+                    coalesce(cardinality(a.positions), c.size)
+                FROM dispatcher.execution e
+                JOIN dispatcher.attempt a ON a.execution_id = e.id AND a.outcome IS NULL
+                JOIN dispatcher.chunk c ON c.batch_id = a.batch_id AND c.index = a.chunk_index
+                WHERE e.target = :target AND e.state = 'launched' AND e.started_at IS NOT NULL
+                ORDER BY a.progress_at NULLS FIRST, a.execution_id, a.task_index LIMIT :most
+                """,
+                target=target,
+                most=most,
+            )
+            return [OpenTask(*row) for row in rows]
+
+    def write_progress(self, looked: Mapping[tuple[int, int], tuple[int, int] | None]) -> None:
+        """Write how far running tasks are, by execution and task index; None where none told."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.attempt a
+                SET progress_at = now(), progress_done = coalesce(n.done, a.progress_done),
+                    progress_total = coalesce(n.total, a.progress_total)
+                FROM unnest(
+                    CAST(:executions AS bigint[]), CAST(:places AS int[]), CAST(:dones AS bigint[]),
+                    CAST(:totals AS bigint[])
+                ) AS n (execution_id, task_index, done, total)
+                WHERE a.execution_id = n.execution_id AND a.task_index = n.task_index
+                    AND a.outcome IS NULL
+                """,
+                executions=[execution for execution, _ in looked],
+                places=[place for _, place in looked],
+                dones=[None if told is None else told[0] for told in looked.values()],
+                totals=[None if told is None else told[1] for told in looked.values()],
+            )
 
     def tallies(
         self, tx: sa.Connection, attempts: Sequence[OpenAttempt]
@@ -106,10 +167,10 @@ class SettleStore(BaseStore):
                     CAST(:exit_codes AS int[]), CAST(:attempt_reasons AS text[]),
                     CAST(:started AS timestamptz[]), CAST(:ended AS timestamptz[]),
                     CAST(:results AS text[]), CAST(:states AS text[]), CAST(:reasons AS text[]),
-                    CAST(:delays AS float8[]), CAST(:holds AS float8[])
+                    CAST(:delays AS float8[]), CAST(:holds AS float8[]), CAST(:items_ok AS int[])
                 ) AS n (
                     batch_id, chunk_index, number, execution_id, outcome, exit_code, attempt_reason,
-                    started_at, ended_at, result_uri, state, reason, delay, hold
+                    started_at, ended_at, result_uri, state, reason, delay, hold, items_ok
                 )
             ), a AS (
                 UPDATE dispatcher.attempt a
@@ -126,7 +187,7 @@ class SettleStore(BaseStore):
                 ORDER BY c.batch_id, c.index FOR UPDATE OF c
             ), c AS (
                 UPDATE dispatcher.chunk c
-                SET state = n.state, outcome = n.outcome, reason = n.reason,
+                SET state = n.state, outcome = n.outcome, reason = n.reason, items_ok = n.items_ok,
                     due_at = CASE WHEN n.state = 'pending'
                         THEN now() + n.delay * interval '1 second' ELSE c.due_at END,
                     hold_until = CASE WHEN n.state = 'pending'
@@ -157,7 +218,137 @@ class SettleStore(BaseStore):
             reasons=[m.reason for m in moved],
             delays=[m.delay for m in moved],
             holds=[m.hold for m in moved],
+            items_ok=[m.items_ok for m in moved],
         )
+
+    def write_results(self, tx: sa.Connection, moved: Sequence[MovedChunk]) -> None:
+        """Write how items ended; a success is never overwritten."""
+        told = [
+            (a.batch_id, a.chunk_index, given[result.position], a.number, result)
+            for m in moved
+            if m.closing.results
+            for a, given in [(m.closing.attempt, m.closing.attempt.given)]
+            for result in m.closing.results
+        ]
+        if not told:
+            return
+        batches, chunks, positions, numbers, results = zip(*told, strict=True)
+        self.run(
+            tx,
+            """
+            INSERT INTO dispatcher.item_result AS r
+                (batch_id, chunk_index, position, attempt, ok, output, output_uri, error)
+            SELECT batch_id, chunk_index, position, attempt, ok, CAST(output AS json), output_uri,
+                error
+            FROM unnest(
+                CAST(:batches AS text[]), CAST(:chunks AS int[]), CAST(:positions AS int[]),
+                CAST(:numbers AS int[]), CAST(:oks AS bool[]), CAST(:outputs AS text[]),
+                CAST(:uris AS text[]), CAST(:errors AS text[])
+            ) AS n (batch_id, chunk_index, position, attempt, ok, output, output_uri, error)
+            ON CONFLICT (batch_id, chunk_index, position) DO UPDATE
+            SET attempt = excluded.attempt, ok = excluded.ok, output = excluded.output,
+                output_uri = excluded.output_uri, error = excluded.error
+            WHERE NOT r.ok
+            """,
+            batches=list(batches),
+            chunks=list(chunks),
+            positions=list(positions),
+            numbers=list(numbers),
+            oks=[r.ok for r in results],
+            outputs=[r.output for r in results],
+            uris=[r.output_uri for r in results],
+            errors=[r.error for r in results],
+        )
+
+    def chunk_text(self, tx: sa.Connection, batch_id: str, index: int) -> str:
+        """Read the items of a chunk, as the JSON array that was planned."""
+        text: str = self.run(
+            tx,
+            """
+            SELECT items::text FROM dispatcher.chunk_items
+            WHERE batch_id = :batch_id AND chunk_index = :index
+            """,
+            batch_id=batch_id,
+            index=index,
+        ).scalar_one()
+        return text
+
+    def split(
+        self, tx: sa.Connection, parent: OpenAttempt, parts: Sequence[Part], reason: str
+    ) -> None:
+        """Write the chunks that one goes on in; its batch is locked, so indexes are free."""
+        batch_id = parent.batch_id
+        first: int = self.run(
+            tx,
+            "SELECT max(index) + 1 FROM dispatcher.chunk WHERE batch_id = :id",
+            id=batch_id,
+        ).scalar_one()
+        self.run(
+            tx,
+            """
+            WITH n AS MATERIALIZED (
+                SELECT * FROM unnest(
+                    CAST(:indexes AS int[]), CAST(:sizes AS int[]), CAST(:dones AS bool[]),
+                    CAST(:items AS text[])
+                ) AS n (index, size, done, items)
+            ), c AS (
+                INSERT INTO dispatcher.chunk (
+                    batch_id, index, state, size, items_ok, parent, depth, due_at, reason,
+                    outcome, finished_at
+                )
+                SELECT :batch_id, index, CASE WHEN done THEN 'succeeded' ELSE 'pending' END, size,
+                    CASE WHEN done THEN size ELSE 0 END, :parent, :depth, now(), :reason,
+                    CASE WHEN done THEN 'succeeded' END, CASE WHEN done THEN now() END
+                FROM n
+            ), i AS (
+                INSERT INTO dispatcher.chunk_items (batch_id, chunk_index, items)
+                SELECT :batch_id, index, CAST(items AS json) FROM n
+            ), b AS (
+                UPDATE dispatcher.batch SET chunk_count = chunk_count + :more WHERE id = :batch_id
+            )
+            INSERT INTO dispatcher.event (at, actor, kind, batch_id, chunk_index, new, reason)
+            SELECT now(), :actor, 'chunk', :batch_id, index,
+                CASE WHEN done THEN 'succeeded' ELSE 'pending' END, :reason
+            FROM n ORDER BY index
+            """,
+            batch_id=batch_id,
+            indexes=list(range(first, first + len(parts))),
+            sizes=[len(part.positions) for part in parts],
+            dones=[part.done for part in parts],
+            items=[part.items for part in parts],
+            parent=parent.chunk_index,
+            depth=parent.depth + 1,
+            more=len(parts) - 1,
+            reason=reason,
+            actor=self.actor,
+        )
+        moves = [
+            (first + number, old, new)
+            for number, part in enumerate(parts)
+            for new, old in enumerate(part.positions)
+        ]
+        children, olds, news = zip(*moves, strict=True)
+        self.run(
+            tx,
+            """
+            INSERT INTO dispatcher.item_result
+                (batch_id, chunk_index, position, attempt, ok, output, output_uri, error)
+            SELECT r.batch_id, n.child, n.new, r.attempt, r.ok, r.output, r.output_uri, r.error
+            FROM dispatcher.item_result r
+            JOIN unnest(CAST(:children AS int[]), CAST(:olds AS int[]), CAST(:news AS int[]))
+                AS n (child, old, new) ON n.old = r.position
+            WHERE r.batch_id = :batch_id AND r.chunk_index = :parent
+            """,
+            batch_id=batch_id,
+            parent=parent.chunk_index,
+            children=list(children),
+            olds=list(olds),
+            news=list(news),
+        )
+
+    def standing_of(self, tx: sa.Connection, batch_ids: Iterable[str]) -> list[Standing]:
+        """Count what locked batches have come to so far, those that nobody cancels."""
+        return self._verdicts(tx, sorted(set(batch_ids)), uncancelled=True)
 
     def finish_tasks(
         self,
@@ -237,9 +428,7 @@ class SettleStore(BaseStore):
             pack=pack,
         )
 
-    def finished_batches(
-        self, tx: sa.Connection, batch_ids: Iterable[str]
-    ) -> list[BatchVerdictRow]:
+    def finished_batches(self, tx: sa.Connection, batch_ids: Iterable[str]) -> list[Standing]:
         """Find locked running batches with no open chunk, with what their chunks came to."""
         done = self.run(
             tx,
@@ -252,23 +441,32 @@ class SettleStore(BaseStore):
             ids=sorted(set(batch_ids)),
         )
         ids = [row[0] for row in done]
-        if not ids:
-            return []
+        return self._verdicts(tx, ids, uncancelled=False) if ids else []
+
+    def _verdicts(
+        self, tx: sa.Connection, ids: Sequence[str], *, uncancelled: bool
+    ) -> list[Standing]:
         rows = self.run(
             tx,
             """
-            SELECT b.id, b.max_failed_chunks, b.cancel_kind, b.cancel_reason,
-                count(*) FILTER (WHERE c.state = 'succeeded')::int,
+            SELECT b.id, b.max_failed_chunks, b.max_failed_items, b.min_ratio, b.cancel_kind,
+                b.cancel_reason, count(*) FILTER (WHERE c.state = 'succeeded')::int,
                 count(*) FILTER (WHERE c.state = 'failed')::int,
                 count(*) FILTER (WHERE c.state = 'cancelled')::int,
+                coalesce(sum(c.size), 0)::bigint,
+                coalesce(sum(c.size - c.items_ok)
+                    FILTER (WHERE c.state IN ('failed', 'cancelled')), 0)::bigint,
                 (array_agg(c.reason ORDER BY c.index) FILTER (WHERE c.state = 'failed'))[1]
             FROM dispatcher.batch b JOIN dispatcher.chunk c ON c.batch_id = b.id
-            WHERE b.id = ANY(:ids)
-            GROUP BY b.id, b.max_failed_chunks, b.cancel_kind, b.cancel_reason
+            WHERE b.id = ANY(:ids) AND c.state <> 'split'
+                AND (NOT :uncancelled OR b.cancel_requested_at IS NULL)
+            GROUP BY b.id, b.max_failed_chunks, b.max_failed_items, b.min_ratio, b.cancel_kind,
+                b.cancel_reason
             """,
-            ids=ids,
+            ids=list(ids),
+            uncancelled=uncancelled,
         )
-        return [BatchVerdictRow(*row) for row in rows]
+        return [Standing(row[0], Policy(*row[1:4]), *row[4:]) for row in rows]
 
     def end_batch(
         self, tx: sa.Connection, batch_id: str, state: BatchState, reason: str | None

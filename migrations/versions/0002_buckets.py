@@ -64,9 +64,7 @@ def downgrade() -> None:
     op.execute(
         "ALTER TABLE dispatcher.target ADD CONSTRAINT target_pace CHECK (pace > 0 AND pace <= 1)"
     )
-    op.execute(
-        "COMMENT ON COLUMN dispatcher.target.tokens IS 'left in the bucket of launch calls'"
-    )
+    op.execute("COMMENT ON COLUMN dispatcher.target.tokens IS 'left in the bucket of launch calls'")
     op.execute("COMMENT ON COLUMN dispatcher.target.pace IS '1 is the full rate'")
     op.execute(
         """

@@ -114,6 +114,8 @@ def test_each_setting_and_option_says_what_it_is(field: str) -> None:
         ({"job": "j", "definition": {}}, "Field required"),
         ({"job": "j", "definition": {"image": "i", "cpu": 3}}, "'1', '2', '4' or '8'"),
         ({"job": "j", "definition": {"image": "i", "memory": "2 GB"}}, "such as 512Mi"),
+        ({"job": "j", "definition": {"image": "i", "cpu": 4}}, "2Gi or more with 4 cpu"),
+        ({"job": "j", "definition": {"image": "i", "cpu": 8, "memory": "3000Mi"}}, "4Gi or more"),
         ({"job": "j", "definition": {"image": "i", "env": {"PORT": "1"}}}, "must not be PORT"),
         ({"job": "j", "definition": {"image": "i", "secrets": {"A": "b c"}}}, "never the secret"),
         ({"job": "j", "definition": {"image": "i", "vpc": {}}}, "either a connector"),

@@ -32,7 +32,7 @@ class Cloud:
             self.tasks = run_v2.TasksClient(transport=TasksGrpcTransport(channel=channel))
         else:
             options: dict[str, Any] = {
-                "credentials": AnonymousCredentials(),
+                "credentials": AnonymousCredentials(),  # type: ignore[no-untyped-call]
                 "transport": "rest",
                 "client_options": {"api_endpoint": emulator.rest_url},
             }
@@ -61,10 +61,11 @@ class Cloud:
 
     def finished(self, execution: run_v2.Execution) -> run_v2.Execution:
         """Wait until an execution has completed."""
-        return eventually(
+        ended: run_v2.Execution = eventually(
             lambda: self.executions.get_execution(name=execution.name),
             lambda now: bool(now.completion_time),
         )
+        return ended
 
     def results(self, execution: run_v2.Execution) -> list[run_v2.Task]:
         return list(self.tasks.list_tasks(parent=execution.name))

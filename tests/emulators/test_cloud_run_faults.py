@@ -108,7 +108,7 @@ def test_an_outage_refuses_every_call_while_it_lasts(opened: Open) -> None:
 
 
 def test_stale_lists_show_what_was_so_some_seconds_ago(opened: Open) -> None:
-    cloud = opened(script=lambda _: 3, faults=(stale_lists(5),))
+    cloud = opened(script=lambda _: 30, faults=(stale_lists(50),))
     execution = cloud.run(task_count=2)
     eventually(lambda: cloud.emulator.world.busy == 2)
 
@@ -118,12 +118,12 @@ def test_stale_lists_show_what_was_so_some_seconds_ago(opened: Open) -> None:
 
     assert listed() == []
     assert cloud.executions.get_execution(name=execution.name).running_count == 2
-    cloud.emulator.world.advance(5.5)
+    cloud.emulator.world.advance(55)
     assert cloud.finished(execution).succeeded_count == 2
     assert listed() == [(2, 0)]
     assert [task.last_attempt_result.status.code for task in cloud.results(execution)] == [0, 0]
     assert not any(task.completion_time for task in cloud.results(execution))
-    cloud.emulator.world.advance(4)
+    cloud.emulator.world.advance(30)
     assert listed() == [(0, 2)]
     assert all(task.completion_time for task in cloud.results(execution))
 

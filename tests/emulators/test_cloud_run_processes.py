@@ -105,12 +105,10 @@ def test_a_cancel_sends_sigterm_and_ends_the_whole_group(emulated: Callable[...,
 def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(
     emulated: Callable[..., Cloud],
 ) -> None:
-    cloud = emulated(
-        "trap '' TERM; echo up; while :; do sleep 600; done", stop_grace=0.1, timeout=1
-    )
+    cloud = emulated("trap '' TERM; echo up; while :; do sleep 600; done", stop_grace=0.1)
     execution = cloud.run()
     eventually(lambda: lines(cloud))
-    cloud.emulator.world.advance(2)
+    cloud.emulator.world.advance(601)
     (task,) = cloud.results(cloud.finished(execution))
     assert task.last_attempt_result.term_signal == 9
     assert task.last_attempt_result.status.message == "The configured timeout was reached."

@@ -60,6 +60,9 @@ class Spy:
     def poll(self, handles: Sequence[Handle]) -> Mapping[Handle, Report]:
         return self.inner.poll(handles)
 
+    def winner(self, handle: Handle, name: str) -> Handle:
+        return self.inner.winner(handle, name)
+
     def cancel(self, handle: Handle) -> None:
         self.inner.cancel(handle)
 

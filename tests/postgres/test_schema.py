@@ -100,6 +100,24 @@ NONSENSE: dict[str, tuple[str, type[psycopg.Error], str]] = {
         errors.UniqueViolation,
         "batch_key_key",
     ),
+    "more items that succeeded than there are": (
+        "UPDATE chunk SET items_ok = size + 1",
+        errors.CheckViolation,
+        "chunk_items_ok",
+    ),
+    "a part of no chunk": (
+        "UPDATE chunk SET depth = 1",
+        errors.CheckViolation,
+        "chunk_parent",
+    ),
+    "a result of no batch": (
+        (
+            "INSERT INTO item_result (batch_id, chunk_index, position, attempt, ok) "
+            "VALUES ('nobody', 0, 0, 1, true)"
+        ),
+        errors.ForeignKeyViolation,
+        "item_result_batch_id_fkey",
+    ),
     "a chunk of no batch": (
         (
             "INSERT INTO chunk (batch_id, index, state, size, due_at) "
@@ -514,7 +532,7 @@ def test_a_database_at_an_older_revision_is_behind(
     with pytest.raises(SchemaMismatch) as told:
         check(engine)
     assert str(told.value) == (
-        "the database is at revision 0002 and this code needs 0099: run `dispatcher db upgrade`"
+        "the database is at revision 0003 and this code needs 0099: run `dispatcher db upgrade`"
     )
 
 

@@ -388,6 +388,9 @@ class SimulatedBackend:
     def definition(self, options: BaseModel) -> Definition:
         return self._real.definition(options)
 
+    def winner(self, handle: Handle, name: str) -> Handle:
+        return self._real.winner(handle, name)
+
     def check(self, job: Job, options: BaseModel) -> Sequence[Remark]:
         return self._real.check(job, options)
 

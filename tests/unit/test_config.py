@@ -359,7 +359,8 @@ tagets: {}
 
 def test_everything_wrong_in_a_file_is_told_at_once_with_its_path() -> None:
     target_keys = (
-        "backend, launches_per_minute, max_executions, max_running, reads_per_minute, region"
+        "backend, launches_per_minute, logs_per_minute, max_executions, max_running, "
+        "reads_per_minute, region, writes_per_minute"
     )
     assert problems_of_yaml(BAD) == [
         'jobs.yaml:17:46: the key "chunk" is given twice in one mapping; leave one out',
@@ -384,7 +385,8 @@ def test_everything_wrong_in_a_file_is_told_at_once_with_its_path() -> None:
         "jobs.yaml: targets.lone.backend is missing; it is required",
         (
             'jobs.yaml: jobs.nightly-export.args.0 is "{\\"a\\": 1}"; {"a": 1} is no template; '
-            "allowed: {items:csv}, {items:json}, {items:lines}, {chunk.index}, {attempt}, "
+            "allowed: {items:csv}, {items:json}, {items:lines}, {pack:csv}, {pack:json}, "
+            "{pack:lines}, {chunk.index}, {attempt}, "
             '{batch.id}, {param:NAME}; write a literal brace twice, as in {{"a": 1}}'
         ),
         "jobs.yaml: jobs.nightly-export.env.PORT is 8080; it must be text: put it in quotes",

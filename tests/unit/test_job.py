@@ -139,6 +139,7 @@ def test_a_job_needs_a_name_and_a_target_and_has_the_rest_by_default() -> None:
         "retry": {
             "attempts": 3,
             "infrastructure_attempts": 5,
+            "on_failure": "fail",
             "initial": "30s",
             "factor": 2.0,
             "max": "10m",
@@ -148,7 +149,13 @@ def test_a_job_needs_a_name_and_a_target_and_has_the_rest_by_default() -> None:
         },
         "limits": {"running": None, "per_batch": None},
         "deadline": "1d",
-        "success": {"max_failed_chunks": 0},
+        "success": {
+            "max_failed_chunks": None,
+            "max_failed_items": None,
+            "min_ratio": None,
+            "stop_early": None,
+        },
+        "receipt": "optional",
         "overrides": {"args": False, "env": [], "timeout": None, "tasks": None},
         "options": {},
         "priority": 0,
@@ -315,7 +322,7 @@ def test_other_names_are_refused(name: str) -> None:
             {"retry": {"attemps": 3}},
             (
                 "retry.attemps is not a known key; allowed: attempts, exit_codes, factor, "
-                "infrastructure_attempts, initial, jitter, max, pack_wait "
+                "infrastructure_attempts, initial, jitter, max, on_failure, pack_wait "
                 '(did you mean "attempts"?)'
             ),
         ),
@@ -532,3 +539,29 @@ def test_a_schema_that_points_elsewhere_is_never_fetched(ref: str) -> None:
 def test_refs_within_the_schema_are_followed() -> None:
     schema = {"properties": {"day": {"$ref": "#/$defs/d"}}, "$defs": {"d": {"type": "string"}}}
     assert job(params=schema).check_params({"day": "x"}) == {"day": "x"}
+
+
+@pytest.mark.parametrize(
+    ("success", "stops"),
+    [
+        ({}, False),
+        ({"max_failed_chunks": 0}, False),
+        ({"max_failed_chunks": 2}, True),
+        ({"max_failed_items": 0}, False),
+        ({"max_failed_items": 7}, True),
+        ({"min_ratio": 0.9}, True),
+        ({"min_ratio": 1.0}, False),
+        ({"min_ratio": 0}, True),
+        ({"max_failed_items": 7, "stop_early": False}, False),
+        ({"stop_early": True}, True),
+    ],
+)
+def test_a_batch_stops_early_where_some_failures_are_allowed_or_it_is_said(
+    success: dict[str, Any], stops: bool
+) -> None:
+    assert job(success=success).success.stops_early is stops
+
+
+def test_a_success_policy_has_one_bound_at_most() -> None:
+    with pytest.raises(ValidationError, match="one bound at most, and has max_failed_items and"):
+        job(success={"max_failed_items": 1, "min_ratio": 0.5})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dispatcher.backends.base import TaskReport
-from dispatcher.judging import ASKED, judge, verdict
+from dispatcher.judging import ASKED, Policy, Standing, beyond, judge, verdict
 from dispatcher.states import BatchState, CancelKind, Outcome
 
 NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -86,12 +86,74 @@ def test_a_verdict_counts_the_chunks_and_names_one(
     reason: str | None,
 ) -> None:
     succeeded, failed, cancelled = ends
-    assert verdict(
+    row = standing(
+        Policy(allowed, None, None),
         succeeded=succeeded,
         failed=failed,
         cancelled=cancelled,
-        max_failed_chunks=allowed,
         cancel_kind=kind,
         cancel_reason="not wanted" if kind else None,
         example="disk full" if failed else None,
-    ) == (state, reason)
+    )
+    assert verdict(row) == (state, reason)
+
+
+def standing(policy: Policy, **fields: Any) -> Standing:
+    values: dict[str, Any] = {
+        "cancel_kind": None,
+        "cancel_reason": None,
+        "succeeded": 0,
+        "failed": 0,
+        "cancelled": 0,
+        "items": 0,
+        "items_failed": 0,
+        "example": None,
+    }
+    return Standing(id="b", policy=policy, **{**values, **fields})
+
+
+@pytest.mark.parametrize(
+    ("policy", "items_failed", "why"),
+    [
+        (Policy(None, 3, None), 3, None),
+        (Policy(None, 3, None), 4, "4 of 100 items failed, 3 allowed: disk full"),
+        (Policy(None, None, 0.95), 5, None),
+        (
+            Policy(None, None, 0.95),
+            6,
+            "6 of 100 items failed, and 95 must succeed (min_ratio 0.95): disk full",
+        ),
+        (
+            Policy(None, None, 1.0),
+            1,
+            "1 of 100 items failed, and 100 must succeed (min_ratio 1): disk full",
+        ),
+        (Policy(None, None, 0.0), 100, None),
+        (Policy(None, None, None), 1, "1 of 5 chunks failed: disk full"),
+    ],
+)
+def test_a_policy_may_count_items(policy: Policy, items_failed: int, why: str | None) -> None:
+    row = standing(
+        policy, succeeded=4, failed=1, items=100, items_failed=items_failed, example="disk full"
+    )
+    assert beyond(row) == why
+    state = BatchState.FAILED if why else BatchState.SUCCEEDED
+    assert verdict(row)[0] is state
+
+
+def test_what_can_no_longer_succeed_fails_for_that_reason() -> None:
+    row = standing(
+        Policy(None, 0, None),
+        succeeded=1,
+        failed=4,
+        items=5,
+        items_failed=4,
+        cancel_kind=CancelKind.SUCCESS_POLICY,
+        cancel_reason="1 of 5 items failed, 0 allowed",
+    )
+    assert verdict(row) == (BatchState.FAILED, "1 of 5 items failed, 0 allowed")
+
+
+def test_that_it_was_cancelled_is_our_doing_whatever_the_providers_clock_says() -> None:
+    early = report(Outcome.CANCELLED, reason="stopped", ended_at=NOON - SECOND)
+    assert judge(early, CancelKind.TIMEOUT, NOON)[0] is Outcome.TIMED_OUT

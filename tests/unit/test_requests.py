@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dispatcher.backends.base import Definition
 from dispatcher.errors import InvalidInput
+from dispatcher.items import join_items, split_items
 from dispatcher.job import Job
 from dispatcher.requests import SLACK, Plan, audit_copy, check_chunk, launch_request, new_key
 from dispatcher.testing import NullBackend, NullSettings
@@ -45,8 +46,13 @@ def test_a_request_says_all_that_a_backend_needs() -> None:
         options={"max_tasks": 4, "parallelism": 3},
     )
     made = plan(one, {"day": "mon"})
-    request = launch_request(made, "key", "inst", [(0, 1), (1, 4)], ITEMS, intended_at=NOW)
-    assert launch_request(made, "key", "inst", [(0, 1), (1, 4)], ITEMS, intended_at=NOW) == request
+    request = launch_request(
+        made, "key", "inst", [(0, 1, None), (1, 4, None)], ITEMS, intended_at=NOW
+    )
+    assert (
+        launch_request(made, "key", "inst", [(0, 1, None), (1, 4, None)], ITEMS, intended_at=NOW)
+        == request
+    )
     assert (request.key, request.instance, request.batch_id) == ("key", "inst", "batch1")
     assert (request.job, request.command) == ("work", ("run", "it"))
     assert (request.timeout, request.parallelism) == (timedelta(minutes=5), 2)
@@ -96,7 +102,7 @@ def test_an_execution_may_take_as_long_as_its_tasks_one_after_the_other() -> Non
 def test_the_audit_keeps_what_was_asked_without_its_secrets() -> None:
     one = job(args=["{items:json}"], env={"API_TOKEN": "hunter2", "PLAIN": "x"})
     request = launch_request(
-        plan(one), "key", "inst", [(0, 1)], {0: '["a\\u0000\\\\u0000ä"]'}, intended_at=NOW
+        plan(one), "key", "inst", [(0, 1, None)], {0: '["a\\u0000\\\\u0000ä"]'}, intended_at=NOW
     )
     kept = json.loads(audit_copy(request))
     assert kept["command"] == ["run", "it"]
@@ -114,7 +120,7 @@ def test_the_audit_is_bounded_whatever_its_templates_were_filled_with() -> None:
         env={"IDS": "{items:csv}"} | {f"E{n}": "ä" * 3000 for n in range(100)},
     )
     copy = audit_copy(
-        launch_request(plan(one), "key", "inst", [(0, 1)], {0: items}, intended_at=NOW)
+        launch_request(plan(one), "key", "inst", [(0, 1, None)], {0: items}, intended_at=NOW)
     )
     assert len(copy.encode()) < 65_536
     assert "hunter2" not in copy
@@ -129,7 +135,7 @@ def test_the_audit_is_bounded_whatever_its_templates_were_filled_with() -> None:
 
 def test_the_audit_is_bounded_also_in_many_small_values_and_in_options() -> None:
     one = job(args=[""] * 100_000, env={f"E{number}": "" for number in range(20_000)})
-    request = launch_request(plan(one), "key", "inst", [(0, 1)], ITEMS, intended_at=NOW)
+    request = launch_request(plan(one), "key", "inst", [(0, 1, None)], ITEMS, intended_at=NOW)
 
     class Options(BaseModel):
         text: str = ""
@@ -166,7 +172,9 @@ def test_templates_of_a_chunk_need_one_task_or_the_entry_wrapper() -> None:
         per_task_env=False,
     )
     assert (wrapped.max_tasks, wrapped.wrapped) == (4, True)
-    request = launch_request(wrapped, "key", "inst", [(0, 1), (1, 1)], ITEMS, intended_at=NOW)
+    request = launch_request(
+        wrapped, "key", "inst", [(0, 1, None), (1, 1, None)], ITEMS, intended_at=NOW
+    )
     assert request.wrapped
     assert [task.env for task in request.tasks] == [{"IDS": "a,b"}, {"IDS": "c"}]
 
@@ -175,7 +183,9 @@ def test_a_pack_can_be_given_to_each_of_its_tasks() -> None:
     one = job(env={"IDS": "{pack:csv}"}, options={"max_tasks": 4})
     made = plan(one, per_task_env=False)
     assert made.max_tasks == 4, "it is the same for all tasks"
-    request = launch_request(made, "key", "inst", [(0, 1), (2, 1), (1, 2)], ITEMS, intended_at=NOW)
+    request = launch_request(
+        made, "key", "inst", [(0, 1, None), (2, 1, None), (1, 2, None)], ITEMS, intended_at=NOW
+    )
     assert {task.env["IDS"] for task in request.tasks} == {"a,b,c"}
 
 
@@ -197,3 +207,9 @@ def test_what_the_definition_fixes_bounds_what_runs_at_once() -> None:
     assert made.under(Definition(parallelism=2)).parallelism == 2
     assert made.under(Definition(parallelism=20)).parallelism == 8
     assert made.under(Definition(parallelism=2)).times(200, 2)[1] == 100 * made.job.timeout + SLACK
+
+
+def test_an_attempt_may_be_given_some_items_of_its_chunk_as_they_were_written() -> None:
+    items = {0: join_items(['{"a": 1.50}', '"b"', "3", '{"z":1,"a":2}'])}
+    request = launch_request(plan(job()), "key", "inst", [(0, 2, [0, 3])], items, intended_at=NOW)
+    assert split_items(request.tasks[0].items) == ['{"a": 1.50}', '{"z":1,"a":2}']

@@ -13,7 +13,8 @@ from dispatcher.errors import InvalidInput
 from dispatcher.templating import Values, check_template, params_used, render, uses_chunk
 
 RULES = (
-    "allowed: {items:csv}, {items:json}, {items:lines}, {pack:csv}, {pack:json}, {pack:lines}, {chunk.index}, {attempt}, {batch.id}, "
+    "allowed: {items:csv}, {items:json}, {items:lines}, {pack:csv}, {pack:json}, {pack:lines}, "
+    "{chunk.index}, {attempt}, {batch.id}, "
     '{param:NAME}; write a literal brace twice, as in {{"a": 1}}'
 )
 

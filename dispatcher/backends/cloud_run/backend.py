@@ -155,7 +155,9 @@ class CloudRunBackend:
     # --- launch -----------------------------------------------------------------------------------
 
     def launch(self, request: LaunchRequest) -> Launched:
-        """Start the execution; in mode `strict` adopt the one that has this key already.
+        """Start the execution, or adopt the one of this key that is known of.
+
+        In mode `strict` no second one can come to be; else one that nobody has seen yet can.
 
         Raises:
             Rejected: Cloud Run refuses it, or would.
@@ -163,6 +165,9 @@ class CloudRunBackend:
         """
         began = self._monotonic()
         own = _own(request.options)
+        known = self._memory.launched(request.key)
+        if known is not None:
+            return known
         self._instances.add(request.instance)
         env = launching.env_of(request, self._limits)
         _refuse(launching.misfits(request, env))
@@ -181,8 +186,10 @@ class CloudRunBackend:
         try:
             operation = clients.jobs.run_job(asked, retry=None, timeout=self._left(began))
         except CLIENT_ERRORS as error:
-            self._forget(own.job)
-            raise at_launch(error, f"Cloud Run refuses to run {asked.name}") from error
+            told = at_launch(error, f"cannot run {asked.name}")
+            if isinstance(told, Rejected):
+                self._forget(own.job)  # it may have been changed since it was looked at
+            raise told from error
         # The operation's metadata is the execution, long before it ends [C].
         execution = operation.metadata
         launched = execution and self._reader.remember(
@@ -214,7 +221,7 @@ class CloudRunBackend:
         except (api.AlreadyExists, api.Conflict):
             log.info("the job of this key exists already", job=name)
         except CLIENT_ERRORS as error:
-            raise at_launch(error, f"Cloud Run refuses to create the job {name}") from error
+            raise at_launch(error, f"cannot create the job {name}") from error
         launched = self._find_strict(request, clients, self._left(began))
         if launched is None:
             raise Unavailable(f"the job {name} has no execution yet: it is looked for by its name")
@@ -263,6 +270,10 @@ class CloudRunBackend:
             Unavailable: nothing can be said now.
         """
         return self._reader.poll(handles)
+
+    def winner(self, handle: Handle, name: str) -> Handle:
+        """Name the execution beside this one that CLOUD_RUN_EXECUTION named in its tasks."""
+        return f"{handle.rpartition('/')[0]}/{name}"
 
     def cancel(self, handle: Handle) -> None:
         """Ask for the end of an execution; one that is unknown or has ended is left alone.
@@ -389,7 +400,7 @@ class CloudRunBackend:
                     run_v2.UpdateJobRequest(job=wanted), retry=None, timeout=self._timeout()
                 )
         except CLIENT_ERRORS as error:
-            raise at_launch(error, f"Cloud Run refuses the definition of {name}") from error
+            raise at_launch(error, f"cannot write the definition of {name}") from error
         self._forget(own.job)
         return name
 

@@ -51,7 +51,7 @@ def on_paper(job: Job, options: CloudRunOptions) -> Iterator[Remark]:
         )
     for name in job.env:
         if reserved(name):
-            text = f"`env` sets {name}, which is Cloud Run's own (PORT, CLOUD_RUN_*, K_*)"
+            text = f"`env` sets {name}, which is Cloud Run's own, as PORT, CLOUD_RUN_* and K_* are"
             yield Remark("fail", text, "give the variable another name")
     if job.timeout > LONGEST_TIMEOUT:
         yield Remark(
@@ -271,8 +271,8 @@ def _reads(clients: RunClients, meter: Meter, name: str, timeout: float) -> Iter
         try:
             with calling(meter, "read", f"the {what} of {name} cannot be listed"):
                 read()
-        except api.NotFound as error:
-            yield Remark("warn", f"the {what} of {name} cannot be listed: {words(error)}")
+        except api.NotFound:
+            continue  # looked for, and so permitted: there is no execution yet
         except Unavailable as error:
             if not _is_refusal(error):
                 raise

@@ -70,6 +70,8 @@ def env_of(request: LaunchRequest, limits: BackendLimits) -> dict[str, str]:
         env["DISPATCH_CHUNK_INDEX"] = str(first.chunk_index)
     if request.result_uri is not None:
         env["DISPATCH_RESULT_URI"] = request.result_uri
+    if request.claim_uri is not None:
+        env["DISPATCH_CLAIM_URI"] = request.claim_uri
     if not needs_document(request, limits):
         env["DISPATCH_ITEMS"] = first.items
     elif request.input_uri is not None:

@@ -42,9 +42,12 @@ _SECRET: Final = re.compile(
 )
 _LABEL: Final = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _LABEL_VALUE: Final = re.compile(r"[a-z0-9_-]{0,63}")
-_MEMORY: Final = re.compile(r"[1-9][0-9]*(?:Mi|Gi|M|G)")
+_MEMORY: Final = re.compile(r"([1-9][0-9]*)(Mi|Gi|M|G)")
+_UNITS: Final = {"Mi": 2**20, "Gi": 2**30, "M": 10**6, "G": 10**9}
+_LEAST_MEMORY: Final = {"4": "2Gi", "8": "4Gi"}
+"""What so many cpu need [C: ResourceRequirements.limits; D: cpu]."""
 
-_RESERVED: Final = re.compile(r"CLOUD_RUN_.*|K_.*|PORT")
+_RESERVED: Final = re.compile(r"CLOUD_RUN_.*|K_.*|X_GOOGLE_.*|PORT")
 """Cloud Run sets these itself and refuses them [D: container contract]."""
 
 
@@ -87,7 +90,9 @@ def _check_env_name(name: str) -> str:
     if not _ENV_NAME.fullmatch(name):
         raise ValueError("must be a variable's name: letters, digits and '_', and no digit first")
     if reserved(name):
-        raise ValueError("must not be PORT or begin with CLOUD_RUN_ or K_: Cloud Run sets those")
+        raise ValueError(
+            "must not be PORT or begin with CLOUD_RUN_, K_ or X_GOOGLE_: they are Cloud Run's"
+        )
     if name.startswith("DISPATCH_"):
         raise ValueError("must not begin with DISPATCH_: the dispatcher sets those itself")
     return name
@@ -106,6 +111,11 @@ def _check_memory(memory: str) -> str:
     if not _MEMORY.fullmatch(memory):
         raise ValueError("must be an amount such as 512Mi or 2Gi")
     return memory
+
+
+def _bytes(memory: str | None) -> int:
+    match = _MEMORY.fullmatch(memory or "512Mi")
+    return int(match[1]) * _UNITS[match[2]] if match else 0
 
 
 def _check_labels(labels: dict[str, str]) -> dict[str, str]:
@@ -306,6 +316,12 @@ class DefinitionBlock(_Value):
         both = self.env.keys() & self.secrets.keys()
         if both:
             raise ValueError(f"must have {', '.join(sorted(both))} in env or in secrets, not both")
+        least = _LEAST_MEMORY.get(self.cpu or "")
+        if least is not None and _bytes(self.memory) < _bytes(least):
+            raise ValueError(
+                f"must have memory of {least} or more with {self.cpu} cpu, not "
+                f"{self.memory or 'the default, 512Mi'}"
+            )
         if self.timeout is not None and self.timeout > LONGEST_TIMEOUT:
             raise ValueError("must have a timeout of 168h at most")
         return self

@@ -106,6 +106,10 @@ class _Sweep:
     token: str = ""
     ended: bool = False
     depth: int = 0
+    pages: int = 0
+    cost: int = 1
+    """Pages that the last look took."""
+
     oldest: datetime | None = None
     seen: dict[Handle, tuple[Any, int]] = field(default_factory=dict)
     deepest: int = PAGE
@@ -117,6 +121,7 @@ class _Sweep:
         self.size = min(PAGE, max(SMALLEST_PAGE, self.deepest * 3 // 2))
         self.began, self.token, self.ended = now, "", False
         self.depth, self.oldest, self.seen, self.deepest = 0, None, {}, 0
+        self.pages = 0
 
 
 @dataclass(slots=True)
@@ -202,7 +207,7 @@ class Reader:
     def _look(self, parent: str, names: Mapping[Handle, ExecutionName], began: float) -> _Look:
         """Look at executions under one parent: by list, and by name where that does not tell."""
         look, missing = _Look(), dict(names)
-        listed = len(names) > 1
+        listed = self._is_worth_a_list(parent, len(names))
         if listed:
             try:
                 self._list(parent, missing, look, began)
@@ -228,6 +233,13 @@ class Reader:
                 look.error = error
                 break
         return look
+
+    def _is_worth_a_list(self, parent: str, wanted: int) -> bool:
+        """Whether a list takes fewer calls than asking for each execution by its name."""
+        with self._lock:
+            sweep = self._sweeps.get(parent)
+        cost = 1 if sweep is None else sweep.cost
+        return wanted > 1 and (cost <= wanted or wanted > MOST_LOOKUPS)
 
     def _is_overdue(self, known: Known, now: float) -> bool:
         """Whether to ask by name for what a list did not show: it may just lag."""
@@ -258,7 +270,10 @@ class Reader:
                 last = sweep.oldest
                 if last is not None and all(one and one > last + OUT_OF_ORDER for one in created):
                     break
+                if sweep.pages > len(look.found) + len(missing):
+                    break  # they lie deep: by name they are cheaper
                 self._sweep_page(parent, sweep)
+            sweep.cost = sweep.pages
             if missing:
                 sweep.deepest = PAGE  # they may lie deeper: the next list has whole pages
 
@@ -274,6 +289,7 @@ class Reader:
                 sweep.seen[name.handle] = execution, sweep.depth
         if page.executions:
             sweep.oldest = outcomes.moment(page.executions[-1], "create_time")
+        sweep.pages += 1
         sweep.token = page.next_page_token
         sweep.ended = not sweep.token
 
@@ -301,7 +317,7 @@ class Reader:
                 known.report = report
                 return report
         if told.running or told.ended or tasks:
-            return Report(Phase.RUNNING, started, tasks)
+            return Report(Phase.RUNNING, started, tasks, self._more_in(known, told))
         return Report(Phase.PENDING)
 
     def _try_tasks(self, handle: Handle, known: Known, told: outcomes.Tally) -> None:
@@ -333,6 +349,18 @@ class Reader:
         if len(known.ends) >= told.ended:
             return False
         return last is None or now - last >= interval
+
+    def _more_in(self, known: Known, told: outcomes.Tally) -> timedelta | None:
+        """Say when a look can tell of more tasks that have ended; None if all are told of."""
+        if known.listing is not None:
+            return timedelta(0)  # it was broken off
+        if len(known.ends) >= told.ended and not told.done:
+            return None
+        interval = self._settings.tasks_interval.total_seconds()
+        if told.done:
+            interval = min(RELIST, interval)
+        passed = math.inf if known.tasks_listed is None else self._monotonic() - known.tasks_listed
+        return timedelta(seconds=max(0.0, interval - passed))
 
     def _list_tasks(self, handle: Handle, known: Known, told: outcomes.Tally) -> None:
         """List the tasks of an execution until as many ends are known as it counts.
@@ -395,6 +423,9 @@ class Reader:
             listing = self._listings.setdefault(parent, _Listing())
             listing.wanted.append(floor)
         with listing.lock:
+            found = self._memory.launched(request.key)
+            if found is not None:
+                return found  # somebody else's listing has shown it
             if listing.failed is not None and listing.failed[0] >= asked:
                 raise listing.failed[1]
             enough = listing.floor is None or (floor is not None and listing.floor <= floor)

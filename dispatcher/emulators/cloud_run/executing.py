@@ -82,6 +82,7 @@ class Executor:
     def launch(self, execution: ExecutionRecord, now: float) -> None:
         """Take up a new execution."""
         self.running.add(execution)
+        self._touch(execution, now)
         slow = self._faults.strike(Kind.SLOW_START, execution.job_id)
         delay = self._options.start_seconds + (slow.seconds if slow else 0.0)
         self._timetable.at(now + delay, partial(self._begin, execution))

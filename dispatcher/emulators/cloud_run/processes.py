@@ -101,9 +101,15 @@ class ProcessRunner:
 
     def _tell_guard(self, word: str) -> None:
         with self._lock:
-            if self._guard is not None and self._guard.stdin is not None:
+            if self._guard is None or self._guard.stdin is None:
+                return
+            try:
                 self._guard.stdin.write(f"{word}\n".encode())
                 self._guard.stdin.flush()
+            except BrokenPipeError:
+                # Somebody has killed it: tasks go on, and end with the emulator unless that is
+                # killed too.
+                return
 
     def close(self) -> None:
         """Kill what still runs, and wait for it."""

@@ -256,7 +256,8 @@ class World:
 
     def _shown_job(self, job: Any) -> Any:
         shown = Job()
-        shown.CopyFrom(job)
+        with self.lock:
+            shown.CopyFrom(job)
         if skew := self.faults.skew():
             for field in (shown.create_time, shown.update_time):
                 set_seconds(field, field.seconds + field.nanos / 1e9 + skew)

@@ -1,0 +1,235 @@
+"""Receipts, read from where tasks wrote them: outside of every transaction, before a settle."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from dispatcher.engine.place import Ending, Place
+from dispatcher.engine.plans import PlanCache
+from dispatcher.errors import DispatcherError, Unreachable
+from dispatcher.receipts import (
+    MAX_RECEIPT_BYTES,
+    PROGRESS,
+    Expected,
+    InvalidReceipt,
+    Receipt,
+    progress_name,
+    read_receipt,
+    receipt_name,
+)
+from dispatcher.states import Outcome
+from dispatcher.storage import Storage, TooLarge, read_object
+from dispatcher.store import Store
+from dispatcher.store.rows import OpenTask
+
+__all__ = ["Found", "ReceiptReader", "Told"]
+
+log = structlog.get_logger(__name__)
+
+READ_AT_ONCE: Final = 16
+"""Receipts that are read at the same time."""
+
+PROGRESS_AT_ONCE: Final = 50
+"""Running tasks whose progress is read in one turn."""
+
+NEVER_RAN: Final = frozenset({Outcome.REJECTED, Outcome.START_FAILED, Outcome.NO_CAPACITY})
+"""Ends of tasks whose command did not run: they have written nothing."""
+
+Found = Mapping[tuple[int, int], "Told"]
+"""What was found, by execution and task index; a task that wrote nothing is not in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a task wrote: a receipt, or why what it wrote is none."""
+
+    receipt: Receipt | None
+    problem: str | None = None
+    foreign: bool = False
+    """Whether that does not say that there is a receipt: it matters only where one is needed."""
+
+
+class ReceiptReader:
+    """Finds and reads the receipts of tasks."""
+
+    def __init__(self, store: Store, plans: PlanCache) -> None:
+        self._store = store
+        self._plans = plans
+        self._readers = ThreadPoolExecutor(READ_AT_ONCE, "receipt")
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def read(self, place: Place, endings: Sequence[Ending]) -> tuple[Found, set[int]]:
+        """Read what the tasks of some endings wrote.
+
+        Returns it, and the executions of which it cannot be said now: the storage does not answer.
+        """
+        ran = [one for one in endings if _may_have_written(one)]
+        uris = {
+            (one.execution_id, task.index): task.result_uri
+            for one in ran
+            for task in one.tasks
+            if task.result_uri is not None and task.result_uri.startswith("file://")
+        }
+        if not ran or (place.storage is None and not uris):
+            return {}, set()
+        final = {one.execution_id for one in ran if one.final}
+        ended = {(one.execution_id, task.index) for one in ran for task in one.tasks}
+        with self._store.transaction() as tx:
+            tasks = self._store.open_tasks(tx, [one.execution_id for one in ran])
+            plans = self._plans.of(tx, {task.batch_id for task in tasks}, place)
+        wanted = [
+            task
+            for task in tasks
+            if (task.execution_id in final or (task.execution_id, task.task_index) in ended)
+            and task.batch_id in plans
+            and plans[task.batch_id].job.receipt != "ignored"
+        ]
+        return self._read_all(place.storage, wanted, uris)
+
+    def follow_progress(self, place: Place) -> int:
+        """Read how far some running tasks are, and write it down; how many told.
+
+        It is for people only: nothing waits for it, and a task that is not looked at now is looked
+        at in a later turn.
+        """
+        storage = place.storage
+        if storage is None:
+            return 0
+        tasks = self._store.running_tasks(place.target.name, PROGRESS_AT_ONCE)
+        with self._store.transaction() as tx:
+            plans = self._plans.of(tx, {task.batch_id for task in tasks}, place)
+        calls = {
+            (task.execution_id, task.task_index): self._readers.submit(_progress, storage, task)
+            for task in tasks
+            if task.batch_id in plans and plans[task.batch_id].job.receipt != "ignored"
+        }
+        told = {where: call.result() for where, call in calls.items()}
+        looked = {(task.execution_id, task.task_index): None for task in tasks}
+        if looked:
+            self._store.write_progress({**looked, **told})
+        return sum(one is not None for one in told.values())
+
+    def _read_all(
+        self,
+        storage: Storage | None,
+        tasks: Sequence[OpenTask],
+        uris: Mapping[tuple[int, int], str],
+    ) -> tuple[Found, set[int]]:
+        found: dict[tuple[int, int], Told] = {}
+        unread: set[int] = set()
+        for group in _by_execution(tasks):
+            try:
+                written = _written(storage, group) if storage is not None else None
+            except Unreachable as error:
+                log.warning("receipts cannot be listed now", key=group[0].key, why=str(error))
+                unread.add(group[0].execution_id)
+                continue
+            except DispatcherError as error:
+                log.warning("receipts cannot be listed", key=group[0].key, why=str(error))
+                problem = Told(None, f"it cannot be looked for: {error}", foreign=True)
+                found.update({(task.execution_id, task.task_index): problem for task in group})
+                continue
+            calls = [
+                (task, self._readers.submit(_read_one, storage, task, uri, written))
+                for task in group
+                if (uri := uris.get((task.execution_id, task.task_index))) is not None
+                or storage is not None
+            ]
+            for task, call in calls:
+                try:
+                    told = call.result()
+                except Unreachable as error:
+                    log.warning("a receipt cannot be read now", key=task.key, why=str(error))
+                    unread.add(task.execution_id)
+                else:
+                    if told is not None:
+                        found[task.execution_id, task.task_index] = told
+        return found, unread
+
+
+def _progress(storage: Storage, task: OpenTask) -> tuple[int, int] | None:
+    """Read how far a running task says it is; None if it does not, or cannot be read now."""
+    expected = Expected(task.key, task.task_index, task.number, task.items)
+    uri = storage.uri(f"results/{task.batch_id}/{task.key}/{progress_name(task.task_index)}")
+    try:
+        data = read_object(uri, MAX_RECEIPT_BYTES)
+        found = None if data is None else read_receipt(data, expected, uri)
+    except (InvalidReceipt, DispatcherError) as error:
+        log.info("no progress", key=task.key, task=task.task_index, why=str(error))
+        return None
+    if found is None:
+        return None
+    return found.progress or (len(found.items), task.items)
+
+
+def _may_have_written(ending: Ending) -> bool:
+    """Say if any task that an ending tells of, or that is left open by it, may have run."""
+    if ending.call is not None:
+        return False
+    if any(task.outcome not in NEVER_RAN for task in ending.tasks):
+        return True
+    return ending.final and ending.rest[0] not in NEVER_RAN
+
+
+def _by_execution(tasks: Sequence[OpenTask]) -> Iterator[list[OpenTask]]:
+    groups: dict[int, list[OpenTask]] = {}
+    for task in tasks:
+        groups.setdefault(task.execution_id, []).append(task)
+    yield from groups.values()
+
+
+def _written(storage: Storage, group: Sequence[OpenTask]) -> Collection[str] | None:
+    """List what several tasks of an execution wrote: one call for a thousand names.
+
+    None where a listing would cost more than reading.
+    """
+    if len(group) == 1:
+        return None
+    prefix = f"results/{group[0].batch_id}/{group[0].key}/"
+    return {one.path.removeprefix(prefix) for one in storage.list(prefix)}
+
+
+def _read_one(
+    storage: Storage | None, task: OpenTask, uri: str | None, written: Collection[str] | None
+) -> Told | None:
+    """Read the receipt of a task; else what it has written while it ran.
+
+    Raises:
+        Unreachable: the storage does not answer.
+    """
+    expected = Expected(task.key, task.task_index, task.number, task.items)
+    try:
+        for one in _places(storage, task, uri, written):
+            data = read_object(one, MAX_RECEIPT_BYTES)
+            if data is not None:
+                return Told(read_receipt(data, expected, one))
+    except InvalidReceipt as error:
+        return Told(None, str(error), foreign=error.foreign)
+    except TooLarge as error:
+        return Told(None, str(error))
+    except Unreachable:
+        raise
+    except DispatcherError as error:
+        return Told(None, f"it cannot be read: {error}", foreign=True)
+    return None
+
+
+def _places(
+    storage: Storage | None, task: OpenTask, uri: str | None, written: Collection[str] | None
+) -> Iterator[str]:
+    """Name where a receipt may lie, the complete one first."""
+    if uri is not None:
+        yield uri
+        yield uri.removesuffix(".json") + PROGRESS
+    if storage is not None:
+        for name in (receipt_name(task.task_index), progress_name(task.task_index)):
+            if written is None or name in written:
+                yield storage.uri(f"results/{task.batch_id}/{task.key}/{name}")

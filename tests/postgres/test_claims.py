@@ -1,0 +1,140 @@
+"""Claims: of two executions of one key, the one that does the work is followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from workbench import HERE, Bench, job
+
+from dispatcher.client import Batch
+from dispatcher.errors import Unreachable
+from dispatcher.states import Outcome
+from dispatcher.storage import Storage
+from dispatcher.testing import Ending, Fault
+
+MakeBench = Callable[..., Bench]
+
+
+class Flaky(Storage):
+    """A storage that does not answer for a while."""
+
+    down = False
+
+    def read(self, path: str, most: int) -> bytes | None:
+        if self.down and path.startswith("claims/"):
+            raise Unreachable("timed out")
+        return super().read(path, most)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Flaky:
+    return Flaky(f"file://{tmp_path}/store")
+
+
+def doubled(make_bench: MakeBench, storage: Storage) -> tuple[Bench, Batch, str, str, str]:
+    """Have one key launched twice: its record appears only after the relaunch.
+
+    The bench, the batch, the key, the first handle, which nobody knows, and the second, followed.
+    """
+    bench = make_bench(
+        job(retry={"attempts": 1}),
+        settings={"relaunch_safe": False, "find_grace": "5s"},
+        storage=storage,
+    )
+    bench.script(seconds=1000)
+    batch = bench.enqueue([1])
+    bench.plan()
+    bench.world.fail_next("launch", Fault.REPLY_LOST)
+    bench.world.find_lag = timedelta(hours=1)
+    bench.launch()
+    bench.until(lambda: len(bench.world.requests()) == 2, "it was launched twice", step=5)
+    bench.world.find_lag = timedelta(0)
+    (request, _) = bench.world.requests()
+    assert request.claim_uri == storage.uri(f"claims/{request.key}")
+    handles = [f"{request.key}.1", f"{request.key}.2"]
+    assert bench.sql("SELECT handle FROM dispatcher.execution") == [handles[1]]
+    return bench, batch, request.key, handles[0], handles[1]
+
+
+def end(bench: Bench, handle: str, outcome: Outcome, exit_code: int) -> None:
+    """Have what runs under a handle end now."""
+    execution = bench.world._executions[handle]
+    execution.runs[0].ending = Ending(outcome, exit_code=exit_code)
+    execution.runs[0].end = bench.world._now()
+
+
+def test_the_winner_is_followed_when_the_tasks_of_its_double_leave(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, batch, key, first, second = doubled(make_bench, storage)
+    storage.create(f"claims/{key}", first.encode())
+    end(bench, second, Outcome.FAILED, 94)
+    bench.turn(31)
+    assert bench.sql("SELECT handle FROM dispatcher.execution") == [first]
+    assert batch.refresh().state == "running", "losing is no outcome"
+    end(bench, first, Outcome.SUCCEEDED, 0)
+    assert bench.finish(batch).state == "succeeded"
+    (chunk,) = bench.dispatcher.chunks(batch.id)
+    assert [attempt.outcome for attempt in chunk.attempts] == ["succeeded"]
+    reasons = [event.reason for event in bench.dispatcher.events(batch.id) if event.reason]
+    assert f"the claim belongs to {first}, and {second} has done nothing" in reasons
+
+
+def test_what_looks_like_a_stray_and_holds_the_claim_is_followed(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, batch, key, first, second = doubled(make_bench, storage)
+    storage.create(f"claims/{key}", first.encode())
+    bench.engine.sweep_strays(HERE)
+    assert bench.sql("SELECT handle FROM dispatcher.execution") == [first]
+    bench.engine.sweep_strays(HERE)
+    strays = bench.sql("SELECT handle FROM dispatcher.execution WHERE stray")
+    assert strays == [second], "now the other one is the stray"
+    end(bench, first, Outcome.SUCCEEDED, 0)
+    assert bench.finish(batch).state == "succeeded"
+
+
+def test_a_double_that_nobody_claimed_for_is_stopped(make_bench: MakeBench, storage: Flaky) -> None:
+    bench, _, key, first, second = doubled(make_bench, storage)
+    storage.create(f"claims/{key}", second.encode())
+    bench.engine.sweep_strays(HERE)
+    assert bench.sql("SELECT handle FROM dispatcher.execution WHERE stray") == [first]
+
+
+def test_while_the_claim_cannot_be_read_nothing_is_decided(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, batch, key, first, second = doubled(make_bench, storage)
+    storage.create(f"claims/{key}", first.encode())
+    storage.down = True
+    end(bench, second, Outcome.FAILED, 94)
+    bench.turn(31)
+    bench.engine.sweep_strays(HERE)
+    assert batch.refresh().state == "running"
+    assert bench.sql("SELECT handle FROM dispatcher.execution") == [second]
+    storage.down = False
+    bench.turn(31)
+    assert bench.sql("SELECT handle FROM dispatcher.execution") == [first]
+
+
+def test_exit_code_94_without_a_claim_is_the_programs_own(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, batch, _, _, second = doubled(make_bench, storage)
+    end(bench, second, Outcome.FAILED, 94)
+    assert bench.finish(batch).state == "failed"
+    (chunk,) = bench.dispatcher.chunks(batch.id)
+    assert [(a.outcome, a.exit_code) for a in chunk.attempts] == [("failed", 94)]
+
+
+def test_where_a_key_cannot_be_launched_twice_nothing_is_claimed(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench = make_bench(storage=storage)
+    bench.enqueue([1])
+    bench.turn()
+    (request,) = bench.world.requests()
+    assert request.claim_uri is None

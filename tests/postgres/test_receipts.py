@@ -1,0 +1,509 @@
+"""Receipts settled: outcomes of items, retries of what failed, splits, success by items."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workbench import Bench, job
+
+from dispatcher.backends.base import LaunchRequest, TaskInput
+from dispatcher.client import Batch
+from dispatcher.errors import Unreachable
+from dispatcher.receipts import Expected, InvalidReceipt, read_receipt
+from dispatcher.states import Outcome
+from dispatcher.storage import Storage
+from dispatcher.testing import Ending
+
+MakeBench = Callable[..., Bench]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(f"file://{tmp_path}/store")
+
+
+def receipt(
+    request: LaunchRequest,
+    task: TaskInput,
+    results: Iterable[tuple[int, bool]],
+    *,
+    complete: bool = True,
+    **changes: Any,
+) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "key": request.key,
+        "task": task.index,
+        "chunk": task.chunk_index,
+        "attempt": task.attempt,
+        "complete": complete,
+        "items": [
+            {"i": i, "ok": ok, **({"output": {"n": i}} if ok else {"error": f"bad {i}"})}
+            for i, ok in results
+        ],
+        **changes,
+    }
+
+
+class Containers:
+    """Stands between the engine and a null backend: what the containers of a launch do."""
+
+    def __init__(self, inner: Any, storage: Storage) -> None:
+        self.inner = inner
+        self.storage = storage
+        self.given: list[tuple[int, int, list[Any]]] = []
+        """Chunk, attempt and items of each attempt, in order."""
+
+        self.work: Callable[[LaunchRequest, TaskInput, list[Any]], Ending] = self.all_good
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def launch(self, request: LaunchRequest) -> Any:
+        ends = {}
+        for task in request.tasks:
+            items = json.loads(task.items)
+            self.given.append((task.chunk_index, task.attempt, items))
+            ends[task.chunk_index] = self.work(request, task, items)
+        self.inner.world.script = lambda _batch, chunk, _attempt: ends[chunk]
+        return self.inner.launch(request)
+
+    def write(self, request: LaunchRequest, task: TaskInput, what: Any, name: str = "") -> None:
+        data = what if isinstance(what, bytes) else json.dumps(what).encode()
+        path = f"results/{request.batch_id}/{request.key}/{name or f'{task.index}.json'}"
+        self.storage.create(path, data)
+
+    def all_good(self, request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
+        self.write(request, task, receipt(request, task, [(i, True) for i in range(len(items))]))
+        return Ending()
+
+    def some_bad(self, bad: set[Any]) -> None:
+        """Report item by item; those that are bad fail, and the program exits with 0."""
+
+        def work(request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
+            results = [(i, item not in bad) for i, item in enumerate(items)]
+            self.write(request, task, receipt(request, task, results))
+            return Ending()
+
+        self.work = work
+
+    def poison(self, bad: set[Any], *, progress: bool) -> None:
+        """Crash hard at the first bad item; with progress, what was done before is on record."""
+
+        def work(request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
+            at = next((i for i, item in enumerate(items) if item in bad), None)
+            if at is None:
+                return self.all_good(request, task, items) if progress else Ending()
+            if progress:
+                done = [(i, True) for i in range(at)]
+                told = receipt(request, task, done, complete=False)
+                self.write(request, task, told, f"{task.index}.progress.json")
+            return Ending(Outcome.FAILED, exit_code=139)
+
+        self.work = work
+
+
+Make = Callable[..., tuple[Bench, Containers]]
+
+
+@pytest.fixture
+def make(make_bench: MakeBench, storage: Storage) -> Make:
+    def made(*, storage: Storage = storage, **fields: Any) -> tuple[Bench, Containers]:
+        found: list[Containers] = []
+
+        def wrap(inner: Any) -> Any:
+            found.append(Containers(inner, storage))
+            return found[-1]
+
+        bench = make_bench(job(**fields), wrap=wrap, storage=storage)
+        return bench, found[0]
+
+    return made
+
+
+def states(bench: Bench, batch: Batch) -> dict[int, str]:
+    return {chunk.index: str(chunk.state) for chunk in bench.dispatcher.chunks(batch.id)}
+
+
+def outcomes(bench: Bench, batch: Batch, chunk: int = 0) -> list[tuple[str | None, str | None]]:
+    found = next(c for c in bench.dispatcher.chunks(batch.id) if c.index == chunk)
+    return [(attempt.outcome, attempt.reason) for attempt in found.attempts]
+
+
+def failed_items(bench: Bench, batch: Batch) -> list[Any]:
+    return sorted(one.item for one in bench.dispatcher.items(batch.id, failed=True))
+
+
+# --- what a receipt makes of an end ---------------------------------------------------------------
+
+
+def test_each_item_has_its_outcome_and_its_output(make: Make) -> None:
+    bench, containers = make(chunk={"size": 3}, retry={"attempts": 1})
+    containers.some_bad({"b"})
+    batch = bench.finish(bench.enqueue(["a", "b", "c", "d"]))
+    assert batch.state == "failed"
+    assert batch.reason == (
+        "1 of 2 chunks failed: failed; 1 of 1 attempts used: 1 of 3 items failed: bad 1"
+    )
+    told = [
+        (one.chunk_index, one.position, one.item, one.state, one.output, one.error)
+        for one in bench.dispatcher.items(batch.id)
+    ]
+    assert told == [
+        (0, 0, "a", "succeeded", {"n": 0}, None),
+        (0, 1, "b", "failed", None, "bad 1"),
+        (0, 2, "c", "succeeded", {"n": 2}, None),
+        (1, 0, "d", "succeeded", {"n": 0}, None),
+    ]
+    assert failed_items(bench, batch) == ["b"]
+    assert outcomes(bench, batch) == [("failed", "1 of 3 items failed: bad 1")]
+
+
+def test_a_retry_is_given_only_the_items_that_have_not_succeeded(make: Make) -> None:
+    bench, containers = make(chunk={"size": 4})
+    bad = {1: {"b", "d"}, 2: {"d"}, 3: set[str]()}
+
+    def work(request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
+        results = [(i, item not in bad[task.attempt]) for i, item in enumerate(items)]
+        containers.write(request, task, receipt(request, task, results))
+        return Ending()
+
+    containers.work = work
+    batch = bench.finish(bench.enqueue(["a", "b", "c", "d"]))
+    assert batch.state == "succeeded"
+    assert [items for _, _, items in containers.given] == [["a", "b", "c", "d"], ["b", "d"], ["d"]]
+    assert [one.attempt for one in bench.dispatcher.items(batch.id)] == [1, 2, 1, 3]
+
+
+def test_an_operators_retry_is_given_them_too(make: Make) -> None:
+    bench, containers = make(chunk={"size": 3}, retry={"attempts": 1})
+    containers.some_bad({2})
+    batch = bench.finish(bench.enqueue([1, 2, 3]))
+    assert batch.state == "failed"
+    containers.work = containers.all_good
+    bench.dispatcher.retry(batch.id)
+    assert bench.finish(batch).state == "succeeded"
+    assert [items for _, _, items in containers.given] == [[1, 2, 3], [2]]
+
+
+def test_a_retry_of_everything_starts_anew(make: Make) -> None:
+    bench, containers = make(chunk={"size": 2})
+    batch = bench.finish(bench.enqueue([1, 2]))
+    bench.dispatcher.retry(batch.id, failed_only=False)
+    assert [one.state for one in bench.dispatcher.items(batch.id)] == ["open", "open"]
+    assert bench.finish(batch).state == "succeeded"
+    assert [items for _, _, items in containers.given] == [[1, 2], [1, 2]]
+
+
+def test_what_was_done_before_a_crash_or_a_stop_is_kept(make: Make) -> None:
+    bench, containers = make(chunk={"size": 4})
+    containers.poison({"c"}, progress=True)
+    batch = bench.enqueue(["a", "b", "c", "d"])
+    bench.turn()
+    bench.turn()
+    containers.work = containers.all_good
+    assert bench.finish(batch).state == "succeeded"
+    assert [items for _, _, items in containers.given] == [["a", "b", "c", "d"], ["c", "d"]]
+
+
+def test_exit_code_0_without_a_receipt_is_suspect_where_the_job_requires_one(make: Make) -> None:
+    bench, containers = make(receipt="required", retry={"infrastructure_attempts": 2})
+    containers.work = lambda _request, _task, _items: Ending()
+    batch = bench.finish(bench.enqueue(["a"]))
+    assert batch.state == "failed"
+    why = "ended with exit code 0 and wrote no receipt, which the job requires"
+    assert outcomes(bench, batch) == [("suspect", why)] * 2
+
+
+def test_exit_code_0_is_success_where_nobody_speaks_of_receipts(make: Make) -> None:
+    bench, containers = make()
+    containers.work = lambda _request, _task, _items: Ending()
+    batch = bench.finish(bench.enqueue(["a"]))
+    assert batch.state == "succeeded"
+    (one,) = bench.dispatcher.items(batch.id)
+    assert (one.state, one.attempt, one.output) == ("succeeded", 1, None)
+
+
+def test_exit_code_0_with_half_a_receipt_is_suspect(make: Make) -> None:
+    bench, containers = make(chunk={"size": 2}, retry={"infrastructure_attempts": 1})
+
+    def half(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        told = receipt(request, task, [(0, True)], complete=False)
+        containers.write(request, task, told, "0.progress.json")
+        return Ending()
+
+    containers.work = half
+    batch = bench.finish(bench.enqueue(["a", "b"]))
+    why = "ended with exit code 0, but its receipt tells of 1 items only"
+    assert outcomes(bench, batch) == [("suspect", why)]
+    assert failed_items(bench, batch) == ["b"]
+
+
+def test_a_vanished_record_with_a_complete_receipt_is_a_success(make: Make) -> None:
+    bench, containers = make(receipt="required")
+    batch = bench.enqueue(["a"])
+    bench.turn()
+    (handle,) = bench.sql("SELECT handle FROM dispatcher.execution")
+    bench.world.vanish(handle)
+    batch = bench.finish(batch)
+    assert batch.state == "succeeded"
+    ((outcome, reason),) = outcomes(bench, batch)
+    assert outcome == "succeeded"
+    assert "its receipt is complete" in (reason or "")
+    assert len(containers.given) == 1
+
+
+def test_a_receipt_is_not_looked_for_where_the_job_ignores_them(make: Make) -> None:
+    bench, containers = make(receipt="ignored", retry={"attempts": 1})
+    containers.some_bad({"a"})
+    batch = bench.finish(bench.enqueue(["a"]))
+    assert batch.state == "succeeded"
+
+
+# --- what cannot be a receipt ---------------------------------------------------------------------
+
+GOOD = {"version": 1, "task": 0, "attempt": 1, "complete": True, "items": [{"i": 0, "ok": True}]}
+REFUSED = {
+    "another execution": ({**GOOD, "key": "d-other"}, "its key is 'd-other', and this is d-"),
+    "an old attempt": ({**GOOD, "attempt": 7}, "its attempt is 7, and this is 1"),
+    "another task": ({**GOOD, "task": 3}, "its task is 3, and this is 0"),
+    "an item that was not given": (
+        {**GOOD, "items": [{"i": 1, "ok": True}]},
+        "item 1 was not given: 0 to 0 were",
+    ),
+    "an item below zero": (
+        {**GOOD, "items": [{"i": -1, "ok": True}]},
+        "item -1 was not given: 0 to 0 were",
+    ),
+    "items without number": ({**GOOD, "items": [{"ok": True}]}, "item None was not given"),
+    "no word on success": ({**GOOD, "items": [{"i": 0, "ok": 1}]}, "`ok` of item 0 is 1"),
+    "more items than were given": (
+        {**GOOD, "items": [{"i": 0, "ok": True}] * 2},
+        "it tells of 2 items; 1 were given",
+    ),
+    "complete without its items": (
+        {**GOOD, "items": []},
+        "it is said to be complete and tells of 0 of 1 items",
+    ),
+    "another version": ({**GOOD, "version": 2}, "its version is 2; known is 1"),
+    "a large output": (
+        {**GOOD, "items": [{"i": 0, "ok": True, "output": "x" * 5000}]},
+        "the output of item 0 is larger than 4096 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_receipt_that_cannot_be_right_is_refused_as_a_whole(make: Make, name: str) -> None:
+    what, why = REFUSED[name]
+    bench, containers = make(retry={"infrastructure_attempts": 1})
+
+    def wrong(request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
+        if task.chunk_index == 0:
+            containers.write(request, task, what)
+            return Ending()
+        return containers.all_good(request, task, items)
+
+    containers.work = wrong
+    batch = bench.finish(bench.enqueue(["a", "b"]))
+    assert states(bench, batch) == {0: "failed", 1: "succeeded"}
+    ((outcome, reason),) = outcomes(bench, batch)
+    assert outcome == "suspect"
+    assert f"its receipt cannot be used: {why}" in (reason or "")
+    assert failed_items(bench, batch) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b'{"version": 1, "complete": tr', "it is no JSON"),
+        (b"\xff\xfe", "it is no JSON"),
+        (b"[" * 100_000, "it is no JSON"),
+        (b'["mine"]', "it is no JSON object with `version` and `complete`"),
+        (b'{"rows": 7}', "it is no JSON object with `version` and `complete`"),
+    ],
+)
+def test_a_file_of_another_kind_matters_only_where_a_receipt_is_required(
+    make: Make, data: bytes, why: str
+) -> None:
+    with pytest.raises(InvalidReceipt, match=why) as told:
+        read_receipt(data, Expected("key", 0, 1, 1))
+    assert told.value.foreign
+    bench, containers = make(retry={"infrastructure_attempts": 1})
+
+    def other(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        containers.write(request, task, data)
+        return Ending()
+
+    containers.work = other
+    assert bench.finish(bench.enqueue(["a"])).state == "succeeded"
+
+
+@pytest.mark.parametrize("data", [b'{"version": 1, "complete": tr', b'{"rows": 7}'])
+def test_and_there_it_is_no_receipt(make: Make, data: bytes) -> None:
+    bench, containers = make(receipt="required", retry={"infrastructure_attempts": 1})
+
+    def other(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        containers.write(request, task, data)
+        return Ending()
+
+    containers.work = other
+    batch = bench.finish(bench.enqueue(["a"]))
+    assert batch.state == "failed"
+    assert outcomes(bench, batch)[0][0] == "suspect"
+
+
+def test_a_receipt_of_100_megabytes_is_not_read(make: Make, tmp_path: Path) -> None:
+    bench, containers = make(retry={"infrastructure_attempts": 1})
+
+    def huge(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        containers.write(request, task, b"{}")
+        path = tmp_path / "store" / "results" / request.batch_id / request.key / "0.json"
+        with path.open("r+b") as file:
+            file.truncate(100 << 20)
+        return Ending()
+
+    containers.work = huge
+    batch = bench.finish(bench.enqueue(["a"]))
+    ((outcome, reason),) = outcomes(bench, batch)
+    assert outcome == "suspect"
+    assert "104,857,600 bytes" in (reason or "")
+
+
+def test_an_output_may_hold_what_postgres_cannot(make: Make) -> None:
+    bench, containers = make()
+
+    def odd(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        entry = {"i": 0, "ok": True, "output": {"a\0": "b\0\ud800"}}
+        containers.write(request, task, receipt(request, task, [], items=[entry]))
+        return Ending()
+
+    containers.work = odd
+    batch = bench.finish(bench.enqueue(["a"]))
+    (one,) = bench.dispatcher.items(batch.id)
+    assert one.output == {"a\ufffd": "b\ufffd\ufffd"}
+
+
+class Flaky(Storage):
+    """A storage that does not answer for a while."""
+
+    down = False
+
+    def list(self, prefix: str) -> Any:
+        if self.down:
+            raise Unreachable("timed out")
+        return super().list(prefix)
+
+
+def test_while_the_storage_does_not_answer_nothing_is_decided(make: Make, tmp_path: Path) -> None:
+    storage = Flaky(f"file://{tmp_path}/flaky")
+    bench, containers = make(storage=storage, options={"max_tasks": 2, "parallelism": 2})
+    containers.some_bad({"b"})
+    batch = bench.enqueue(["a", "b"])
+    bench.turn()
+    storage.down = True
+    for _ in range(3):
+        bench.turn(6)
+    assert states(bench, batch) == {0: "running", 1: "running"}
+    storage.down = False
+    bench.turn(6)
+    assert states(bench, batch) == {0: "succeeded", 1: "pending"}
+
+
+# --- split ----------------------------------------------------------------------------------------
+
+
+def test_a_chunk_that_used_up_its_attempts_is_halved_until_the_bad_item_stands_alone(
+    make: Make,
+) -> None:
+    bench, containers = make(
+        chunk={"size": 16}, retry={"attempts": 2, "on_failure": "split"}, receipt="ignored"
+    )
+    containers.poison({11}, progress=False)
+    batch = bench.finish(bench.enqueue(range(16)))
+    assert batch.state == "failed"
+    assert failed_items(bench, batch) == [11]
+    chunks = {chunk.index: chunk for chunk in bench.dispatcher.chunks(batch.id)}
+    assert chunks[0].state == "split"
+    assert {chunk.parent for chunk in chunks.values() if chunk.depth == 1} == {0}
+    alone = [chunk for chunk in chunks.values() if chunk.state == "failed"]
+    assert [(chunk.size, chunk.depth, len(chunk.attempts)) for chunk in alone] == [(1, 4, 2)]
+    assert len(containers.given) == 2 + 2 * 4 + 1, "two tries, two halves a level, one try more"
+    done = sum(chunk.size for chunk in chunks.values() if chunk.state == "succeeded")
+    assert (done, batch.chunk_count) == (15, 5)
+
+
+def test_who_reports_item_by_item_has_the_suspect_alone_at_once(make: Make) -> None:
+    bench, containers = make(
+        chunk={"size": 100}, retry={"attempts": 2, "on_failure": "split"}, receipt="required"
+    )
+    containers.poison({40}, progress=True)
+    batch = bench.finish(bench.enqueue(range(100)))
+    assert failed_items(bench, batch) == [40]
+    assert sorted(len(items) for _, _, items in containers.given) == [1, 1, 59, 60, 100]
+    succeeded = [
+        (chunk.size, len(chunk.attempts))
+        for chunk in bench.dispatcher.chunks(batch.id)
+        if chunk.state == "succeeded"
+    ]
+    assert sorted(succeeded) == [(40, 0), (59, 1)], "what was done before is a chunk of its own"
+
+
+def test_items_that_are_known_to_be_bad_need_no_split(make: Make) -> None:
+    bench, containers = make(chunk={"size": 8}, retry={"attempts": 2, "on_failure": "split"})
+    containers.some_bad({2, 5})
+    batch = bench.finish(bench.enqueue(range(8)))
+    assert states(bench, batch) == {0: "failed"}
+    assert failed_items(bench, batch) == [2, 5]
+
+
+def test_ten_thousand_items_with_seven_poisoned_end_with_seven_named(make: Make) -> None:
+    bench, containers = make(
+        chunk={"size": 100},
+        retry={"attempts": 3, "on_failure": "split"},
+        receipt="required",
+        success={"max_failed_items": 7},
+        options={"max_tasks": 100, "parallelism": 100},
+    )
+    bad = {0, 199, 250, 251, 4999, 7777, 9999}
+    containers.poison(bad, progress=True)
+    batch = bench.finish(bench.enqueue(range(10_000)), step=10, turns=500)
+    assert batch.state == "succeeded"
+    assert batch.reason == "7 of 10000 items failed, allowed"
+    assert failed_items(bench, batch) == sorted(bad)
+    extra = len(containers.given) - 100
+    assert extra <= 7 * (6.64 + 2)
+
+
+def test_a_batch_that_can_no_longer_succeed_stops(make: Make) -> None:
+    bench, containers = make(
+        chunk={"size": 10}, retry={"attempts": 1}, success={"min_ratio": 0.9}, limits={"running": 1}
+    )
+    containers.some_bad(set(range(0, 100, 4)))
+    batch = bench.finish(bench.enqueue(range(100)))
+    assert batch.state == "failed"
+    assert (batch.reason or "").startswith("13 of 100 items failed, and 90 must succeed")
+    assert len(containers.given) == 5, "the other five chunks were not started"
+    assert {str(state): n for state, n in batch.counts.items()} == {"failed": 10}
+
+
+def test_a_cancel_keeps_what_was_done(make: Make) -> None:
+    bench, containers = make(chunk={"size": 2})
+
+    def slow(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        told = receipt(request, task, [(0, True)], complete=False)
+        containers.write(request, task, told, "0.progress.json")
+        return Ending(seconds=1000)
+
+    containers.work = slow
+    batch = bench.enqueue(["a", "b"])
+    bench.turn()
+    bench.turn(1)
+    bench.dispatcher.cancel(batch.id)
+    batch = bench.finish(batch)
+    assert batch.state == "cancelled"
+    assert [one.state for one in bench.dispatcher.items(batch.id)] == ["succeeded", "cancelled"]
