@@ -9,10 +9,11 @@ from pathlib import Path
 
 from benchmarks.cloud_run import ROWS as CLOUD_RUN
 from benchmarks.compute_api import api
+from benchmarks.receipts import receipts
 from benchmarks.rows import ROWS as CORE
 from benchmarks.stack import stack
 
-ROWS = {**CORE, "api": api, **CLOUD_RUN}
+ROWS = {**CORE, "api": api, "receipts": receipts, **CLOUD_RUN}
 
 
 def machine() -> str:

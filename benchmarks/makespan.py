@@ -210,7 +210,8 @@ def dispatcher_run(stack: Stack, place: Place, load: Load, jobs: str, **settings
     insist(batch.state is BatchState.SUCCEEDED, batch)
     rows = stack.sql(
         dispatcher.settings.database_url,
-        f"SELECT {place.name_sql}, extract(epoch FROM a.settled_at)::float8"  # noqa: S608 - ours
+        f"SELECT {place.name_sql}, "  # noqa: S608 - ours
+        " extract(epoch FROM pg_xact_commit_timestamp(a.xmin))::float8"
         " FROM dispatcher.attempt a JOIN dispatcher.execution e ON e.id = a.execution_id",
     )
     stack.stop(*processes)

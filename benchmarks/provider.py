@@ -129,6 +129,7 @@ class BenchBackend:
         page_size=1000,
         poll_interval=timedelta(0),
         relaunch_safe=True,
+        own_results=False,
         per_task_env=True,
     )
 

@@ -214,6 +214,10 @@ def stack() -> Iterator[Stack]:
         made = Stack(Path(folder))
         try:
             made.postgres.start()
+            # When a row was committed is what others can see; now() is when its work began.
+            made.sql(made.postgres.url("postgres"), "ALTER SYSTEM SET track_commit_timestamp = on")
+            made.postgres.stop()
+            made.postgres.start()
             made.valkey.start()
             yield made
         finally:

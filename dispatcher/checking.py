@@ -13,12 +13,13 @@ from typing import Final, Literal, Protocol
 from urllib.parse import parse_qs, urlsplit
 
 from dispatcher import queries, schema
-from dispatcher.backends.base import Backend, BackendError
+from dispatcher.backends.base import Backend, BackendError, Remark
 from dispatcher.backends.registry import make_backend
 from dispatcher.config import Config, Settings, load_config, load_settings
-from dispatcher.errors import ConfigurationError, SchemaMismatch, Unreachable
+from dispatcher.errors import ConfigurationError, DispatcherError, SchemaMismatch, Unreachable
 from dispatcher.queries import TargetView, WorkerView
 from dispatcher.redaction import mask_url
+from dispatcher.storage import Storage
 from dispatcher.store import Store
 
 __all__ = ["Finding", "Told", "check_all", "check_worker", "exit_code", "read_revision"]
@@ -77,6 +78,7 @@ def check_all(told: Told) -> Iterator[Finding]:
         database = _database(settings)
         yield database
         yield _broker(settings)
+        yield _storage(settings)
         config = None
         if settings.jobs is None:
             text = "DISPATCHER_JOBS is not set: enqueueing by name and workers need it"
@@ -90,7 +92,7 @@ def check_all(told: Told) -> Iterator[Finding]:
         if config is not None:
             text = f"{len(config.jobs)} jobs on {len(config.targets)} targets in {config.source}"
             yield Finding("jobs", "ok", text)
-            yield from _jobs(config, rows)
+            yield from _jobs(config, rows, storage=settings.storage_url is not None)
         if database.level != "fail":
             yield from _service(queries.workers(store), rows, config)
     finally:
@@ -171,6 +173,23 @@ def _broker(settings: Settings) -> Finding:
     return Finding("broker", "ok", f"{place} answers")
 
 
+def _storage(settings: Settings) -> Finding:
+    """Write, read and remove something in the storage."""
+    url = settings.storage_url
+    if url is None:
+        text = "DISPATCHER_STORAGE_URL is not set, which is fine for local targets"
+        todo = "others need it for large inputs and for receipts"
+        return Finding("storage", "ok", f"{text}; {todo}")
+    todo = "mend DISPATCHER_STORAGE_URL, or what the credentials of this machine may do there"
+    try:
+        Storage(url).check()
+    except Unreachable as error:
+        return Finding("storage", "fail", str(error), todo, unreachable=True)
+    except DispatcherError as error:
+        return Finding("storage", "fail", str(error), todo)
+    return Finding("storage", "ok", f"{url} can be written, create-only, and read")
+
+
 def _ping(url: str) -> str | None:
     """Ask a Redis or Valkey at a broker's URL, which for a socket is written in Celery's way."""
     import redis  # noqa: PLC0415 - a third of a second, which no other command should wait for
@@ -199,7 +218,7 @@ def _ping(url: str) -> str | None:
     return None
 
 
-def _jobs(config: Config, rows: dict[str, TargetView]) -> Iterator[Finding]:
+def _jobs(config: Config, rows: dict[str, TargetView], *, storage: bool) -> Iterator[Finding]:
     """Ask each job's backend whether it could run."""
     backends = {name: make_backend(target) for name, target in config.targets.items()}
     for job in config.jobs.values():
@@ -217,11 +236,15 @@ def _jobs(config: Config, rows: dict[str, TargetView]) -> Iterator[Finding]:
             text = f"target {job.target} cannot be asked: {error}"
             yield Finding(name, "fail", text, unreachable=True)
             continue
+        if job.receipt == "required" and not storage and not backend.limits.own_results:
+            text = f"requires receipts, and tasks on target {job.target} have nowhere to write them"
+            todo = "set DISPATCHER_STORAGE_URL, to a place that the containers can write"
+            remarks = [*remarks, Remark("fail", text, todo)]
         for remark in remarks:
-            todo = remark.todo
-            if todo is None and remark.level != "ok":
-                todo = f"mend the job in {config.source}"
-            yield Finding(name, remark.level, remark.text, todo)
+            what = remark.todo
+            if what is None and remark.level != "ok":
+                what = f"mend the job in {config.source}"
+            yield Finding(name, remark.level, remark.text, what)
         if all(remark.level == "ok" for remark in remarks):
             yield Finding(name, "ok", f"can run on target {job.target}")
 

@@ -351,7 +351,9 @@ def show(
     scope: Scope,
     batch: BatchId,
     *,
-    items: Annotated[bool, typer.Option("--items", help="With the items of each chunk.")] = False,
+    items: Annotated[
+        bool, typer.Option("--items", help="With each item and how it ended.")
+    ] = False,
     failed: Annotated[
         bool,
         typer.Option("--failed", help="Only chunks that failed or whose last attempt ended badly."),
@@ -365,9 +367,10 @@ def show(
     Of chunks that failed the last lines of their output are shown too.
 
     With --json: the batch as `batches` shows it, and chunks: a list of all (or, with --failed, the
-    troubled) {index, state, size, weight, due_at, outcome, reason, finished_at, attempts: [{number,
-    outcome, exit_code, reason, log_tail, result_uri, opened_at, started_at, ended_at, settled_at,
-    execution, handle, task_index, console_url, logs_url}], items (with --items)}.
+    troubled) {index, state, size, weight, due_at, outcome, reason, finished_at, items_ok, parent,
+    attempts: [{number, outcome, exit_code, reason, log_tail, result_uri, opened_at, started_at,
+    ended_at, settled_at, execution, handle, progress, task_index, console_url, logs_url}]} and,
+    with --items, items and results: [{position, state, attempt, output, output_uri, error}].
     """
     return commands.show(scope, batch, items=items, failed=failed, everything=everything)
 

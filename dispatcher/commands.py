@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from pydantic_core import from_json
 
-from dispatcher import applying, checking, explaining, logs, queries, rendering, schema
+from dispatcher import applying, checking, explaining, logs, queries, rendering, results, schema
 from dispatcher.backends.base import Backend, BackendError, Unavailable
 from dispatcher.backends.registry import make_backend
 from dispatcher.cli import Scope
@@ -65,6 +65,7 @@ __all__ = [
 ]
 
 MOST_CHUNKS: Final = 50
+MOST_ITEMS: Final = 100
 """Chunks that `show` lists of a batch unless it is told to list all."""
 
 LOGS_SHOWN: Final = 5
@@ -452,7 +453,9 @@ def show(scope: Scope, batch: str, *, items: bool, failed: bool, everything: boo
                 rendering.batch_document(view),
                 "chunks",
                 (
-                    rendering.chunk_document(chunk)
+                    rendering.chunk_document(chunk, results.of_chunk(store, view.id, chunk.index))
+                    if items
+                    else rendering.chunk_document(chunk)
                     for chunk in chunks
                     if not failed or chunk.index in troubled
                 ),
@@ -474,8 +477,8 @@ def show(scope: Scope, batch: str, *, items: bool, failed: bool, everything: boo
             )
         elif failed and not listed:
             screen.note("no chunk has failed")
-        for chunk in listed if items else ():
-            screen.line(f"\nchunk {chunk.index}, items:\n{chunk.items}")
+        if items:
+            _show_items(screen, dispatcher, view, failed=failed, everything=everything)
         _show_logs(screen, view, [chunk for chunk in listed if chunk.index in troubled])
     return 0
 
@@ -502,6 +505,22 @@ def _chosen(
         for chunk in queries.chunks(store, view.id, states=[state], items=items):
             if chunk.index not in troubled:
                 yield chunk
+
+
+def _show_items(
+    screen: Screen, dispatcher: Dispatcher, view: BatchView, *, failed: bool, everything: bool
+) -> None:
+    """Show items with how each ended; where not all are shown, say so."""
+    most = None if everything else MOST_ITEMS
+    found = dispatcher.items(view.id, failed=failed)
+    rows = [rendering.item_row(item) for item in islice(found, most)]
+    screen.line()
+    if rows:
+        screen.table(rendering.ITEM_TITLES, rows)
+    elif failed:
+        screen.note("no item has failed")
+    if next(found, None) is not None:
+        screen.note(f"{len(rows)} items are shown; --all shows all")
 
 
 def _show_logs(screen: Screen, view: BatchView, chunks: Sequence[Chunk]) -> None:

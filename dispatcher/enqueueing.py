@@ -70,6 +70,7 @@ class BatchRequest:
             "chunk": chunk,
             **{f"overrides.{name}": value for name, value in given.items()},
         }
+        self._needs_results = job.receipt == "required"
         self._new = NewBatch(
             id=new_batch_id(),
             key=key,
@@ -96,6 +97,17 @@ class BatchRequest:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
+    def _check_results(self, store: Store, tx: sa.Connection) -> None:
+        """Refuse what the workers would, as soon as it can be known: who leads the target told."""
+        if not self._needs_results:
+            return
+        if store.takes_results(tx, self._new.target) is False:
+            raise InvalidInput(
+                f"job {self._new.job_name} requires receipts, and the workers of target "
+                f"{self._new.target} have no storage for them: set DISPATCHER_STORAGE_URL for the "
+                "workers, to a place that the containers can write, and restart them"
+            )
+
     def write(self, store: Store, tx: sa.Connection) -> str:
         """Write the batch, or find the one that has its key; the id of either.
 
@@ -103,6 +115,7 @@ class BatchRequest:
             InvalidItems: an item cannot be used; the transaction must be rolled back.
             IdempotencyConflict: the key belongs to another request.
         """
+        self._check_results(store, tx)
         paged = pages(self._stream)
         head = list(islice(paged, 2))
         if len(head) <= 1:

@@ -250,7 +250,8 @@ class SuccessPolicy(_Value):
         """Whether a batch is stopped once it cannot succeed any more."""
         if self.stop_early is not None:
             return self.stop_early
-        return bool(self.max_failed_chunks or self.max_failed_items or (self.min_ratio or 1) < 1)
+        some = self.min_ratio is not None and self.min_ratio < 1
+        return bool(self.max_failed_chunks or self.max_failed_items or some)
 
 
 class Overrides(_Value):

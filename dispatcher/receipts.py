@@ -37,6 +37,8 @@ MAX_OUTPUT_BYTES: Final = 4096
 MAX_TEXT: Final = 1000
 PROGRESS: Final = ".progress.json"
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
+"""As JSON spells it; a backslash that is text is spelt with two."""
 
 
 class InvalidReceipt(Exception):
@@ -223,16 +225,22 @@ def _item(entry: Any, given: int) -> ItemResult:
     output = None
     if entry.get("output") is not None:
         try:
-            output = json.dumps(entry["output"], ensure_ascii=False, separators=(",", ":"))
+            output = json.dumps(
+                entry["output"], ensure_ascii=False, allow_nan=False, separators=(",", ":")
+            )
         except RecursionError:
             raise InvalidReceipt(f"the output of item {position} is nested too deep") from None
+        except ValueError:  # Python reads NaN and 1e999, and Postgres refuses what it makes of them
+            raise InvalidReceipt(
+                f"the output of item {position} holds a number that JSON does not have"
+            ) from None
         if len(output.encode(errors="surrogatepass")) > MAX_OUTPUT_BYTES:
             raise InvalidReceipt(
                 f"the output of item {position} is larger than {MAX_OUTPUT_BYTES} bytes: "
                 "write it elsewhere and give its output_uri"
             )
         # Postgres keeps neither a NUL nor half of a surrogate pair, also where JSON spells them.
-        output = _SURROGATE.sub("\ufffd", output).replace("\\u0000", "\\ufffd")
+        output = _NUL.sub(r"\1\\ufffd", _SURROGATE.sub("\ufffd", output))
     return ItemResult(
         position,
         ok,

@@ -32,10 +32,12 @@ from dispatcher.job import Job
 from dispatcher.moments import ago, clock, iso, span
 from dispatcher.queries import Attempt, AuditLine, BatchView, Chunk
 from dispatcher.redaction import redact
+from dispatcher.results import Item
 from dispatcher.states import BatchState, ChunkState, Outcome
 
 __all__ = [
     "ATTEMPT_TITLES",
+    "ITEM_TITLES",
     "JOB_TITLES",
     "Follower",
     "Screen",
@@ -50,6 +52,7 @@ __all__ = [
     "exit_code_of",
     "header",
     "is_bad",
+    "item_row",
     "job_document",
     "job_row",
     "progress_text",
@@ -306,6 +309,9 @@ def header(batch: BatchView, now: datetime) -> Iterator[tuple[str, str]]:
 
 # --- chunks ---------------------------------------------------------------------------------------
 
+SHOWN_VALUE: Final = 60
+"""Characters of an item that a table shows."""
+
 ATTEMPT_TITLES: Final = (
     "CHUNK",
     "STATE",
@@ -319,9 +325,45 @@ ATTEMPT_TITLES: Final = (
 )
 
 
-def chunk_document(chunk: Chunk) -> dict[str, Any]:
-    """Give the document of a chunk with its attempts; `items` only where they were asked for."""
-    items = {} if chunk.items is None else {"items": json.loads(chunk.items)}
+ITEM_TITLES: Final = ("CHUNK", "ITEM", "STATE", "ATTEMPT", "VALUE", "OUTPUT OR ERROR")
+
+
+def item_row(one: Item) -> tuple[str, ...]:
+    """Give the cells of an item: what it is, and how it ended."""
+    value = json.dumps(one.item, ensure_ascii=False)
+    told = one.error or one.output_uri
+    if told is None and one.output is not None:
+        told = json.dumps(one.output, ensure_ascii=False)
+    return (
+        str(one.chunk_index),
+        str(one.position),
+        str(one.state),
+        "" if one.attempt is None else str(one.attempt),
+        value if len(value) <= SHOWN_VALUE else f"{value[: SHOWN_VALUE - 1]}…",
+        told or "",
+    )
+
+
+def _item_document(one: Item) -> dict[str, Any]:
+    return {
+        "position": one.position,
+        "state": one.state,
+        "attempt": one.attempt,
+        "output": one.output,
+        "output_uri": one.output_uri,
+        "error": one.error,
+    }
+
+
+def chunk_document(chunk: Chunk, told: Sequence[Item] = ()) -> dict[str, Any]:
+    """Give the document of a chunk with its attempts.
+
+    `items`, and `results` with how each ended, only where they were asked for.
+    """
+    items: dict[str, Any] = {}
+    if chunk.items is not None:
+        items["items"] = json.loads(chunk.items)
+        items["results"] = [_item_document(one) for one in told]
     return {
         "index": chunk.index,
         "state": chunk.state,
@@ -331,6 +373,8 @@ def chunk_document(chunk: Chunk) -> dict[str, Any]:
         "outcome": chunk.outcome,
         "reason": chunk.reason,
         "finished_at": chunk.finished_at,
+        "items_ok": chunk.items_ok,
+        "parent": chunk.parent,
         "attempts": [_attempt_document(attempt) for attempt in chunk.attempts],
         **items,
     }
@@ -350,6 +394,7 @@ def _attempt_document(attempt: Attempt) -> dict[str, Any]:
         "settled_at": attempt.settled_at,
         "execution": attempt.execution_key,
         "handle": attempt.handle,
+        "progress": None if attempt.progress is None else list(attempt.progress),
         "task_index": attempt.task_index,
         "console_url": attempt.console_url,
         "logs_url": attempt.logs_url,

@@ -17,7 +17,7 @@ from dispatcher.items import split_items
 from dispatcher.states import ChunkState
 from dispatcher.store import Store
 
-__all__ = ["Item", "ItemState", "Output", "items", "outputs"]
+__all__ = ["Item", "ItemState", "Output", "items", "of_chunk", "outputs"]
 
 CHUNKS: Final = 100
 """Chunks read at once: each may hold many items."""
@@ -117,6 +117,11 @@ def items(
         if len(chunks) < CHUNKS:
             return
         after = chunks[-1][0]
+
+
+def of_chunk(store: Store, batch_id: str, index: int) -> list[Item]:
+    """Read the items of one chunk."""
+    return list(items(store, batch_id, chunk=index))
 
 
 def outputs(store: Store, batch_id: str) -> Iterator[Output]:

@@ -228,6 +228,5 @@ EXECUTION_EDGES: Final = (
     Edge(ExecutionState.UNKNOWN, ExecutionState.INTENDED, "call again with the same key"),
     Edge(ExecutionState.UNKNOWN, ExecutionState.ENDED, "settle: not found and cancelled"),
     Edge(ExecutionState.LAUNCHED, ExecutionState.ENDED, "settle its last task"),
-    Edge(ExecutionState.LAUNCHED, ExecutionState.LAUNCHED, "follow the one that has the claim"),
     Edge(ExecutionState.ENDED, ExecutionState.LAUNCHED, "a stray is seen again"),
 )

@@ -512,6 +512,7 @@ class NullBackend:
             page_size=settings.page_size,
             poll_interval=timedelta(0),
             relaunch_safe=settings.relaunch_safe,
+            own_results=False,
             per_task_env=settings.per_task_env,
         )
 

@@ -28,11 +28,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dispatcher import errors, schema
+from dispatcher.backends.cloud_run import CloudRunOptions, CloudRunSettings
+from dispatcher.backends.cloud_run.options import DefinitionBlock, VpcBlock
 from dispatcher.backends.local import LocalOptions, LocalSettings
 from dispatcher.cli import app
 from dispatcher.client import Dispatcher
 from dispatcher.config import Target
 from dispatcher.durations import format_duration
+from dispatcher.emulators.cloud_run.guesses import GUESSES
 from dispatcher.errors import DispatcherError, InvalidInput, Unreachable
 from dispatcher.job import Chunking, ItemSource, Job, Limits, Overrides, RetryPolicy, SuccessPolicy
 from dispatcher.schedule import Schedule
@@ -265,7 +268,7 @@ def fields(model: type[BaseModel], title: str = "key") -> Iterator[str]:
 
 def job_file() -> Iterator[str]:
     """List everything that the jobs file may say."""
-    parts: tuple[tuple[str, type[BaseModel]], ...] = (
+    yield from sections(
         ("A target: `targets.NAME`", Target),
         ("A target of the local backend may also set", LocalSettings),
         ("A job: `jobs.NAME`", Job),
@@ -278,6 +281,27 @@ def job_file() -> Iterator[str]:
         ("`options` of a job on the local backend", LocalOptions),
         ("A schedule: `schedules.NAME`", Schedule),
     )
+
+
+def cloud_run() -> Iterator[str]:
+    """List what the jobs file may say of Cloud Run."""
+    yield from sections(
+        ("A target of the `cloud_run` backend may also set", CloudRunSettings),
+        ("`options` of a job", CloudRunOptions),
+        ("`options.definition`", DefinitionBlock),
+        ("`options.definition.vpc`", VpcBlock),
+    )
+
+
+def guesses() -> Iterator[str]:
+    """List what the emulator of Cloud Run assumes."""
+    yield from table(
+        ("what", "guess"), ((code(name), literal(said)) for name, said in GUESSES.items())
+    )
+
+
+def sections(*parts: tuple[str, type[BaseModel]]) -> Iterator[str]:
+    """List the fields of some models, each under its title."""
     for title, model in parts:
         yield f"### {title}"
         yield ""
@@ -471,6 +495,8 @@ PARTS: Final[Mapping[str, Callable[[], Iterable[str]]]] = {
     "outcomes": lambda: glossary(Outcome, CancelKind),
     "settings": settings,
     "job-file": job_file,
+    "cloud-run": cloud_run,
+    "cloud-run-guesses": guesses,
     "python-api": python_api,
     "errors": error_tree,
     "tables": tables,

@@ -262,7 +262,7 @@ class Clock:
                 **place.target.model_dump(
                     mode="json", include={"max_running", "max_executions", "launches_per_minute"}
                 ),
-                "storage": place.storage is not None,
+                "results": place.storage is not None or place.backend.limits.own_results,
             },
             home=place.home,
             lease=lease,

@@ -116,6 +116,9 @@ class BackendLimits:
     relaunch_safe: bool
     """A second `launch` with the same key cannot start a second execution."""
 
+    own_results: bool
+    """Its tasks can leave their results with it also where no storage is configured."""
+
     per_task_env: bool
     """Each task of an execution can have args and env of its own."""
 

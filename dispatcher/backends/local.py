@@ -85,6 +85,7 @@ LIMITS: Final = BackendLimits(
     page_size=500,
     poll_interval=timedelta(0),
     relaunch_safe=True,
+    own_results=True,
     per_task_env=True,
 )
 

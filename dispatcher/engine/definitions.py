@@ -19,6 +19,9 @@ log = structlog.get_logger(__name__)
 REMEMBERED: Final = 300.0
 """Seconds for which a definition is taken to be as it was read."""
 
+LONGEST_PAUSE: Final = 60.0
+"""Seconds between two tries to read one that cannot be read, at most."""
+
 
 class Definitions:
     """The definitions that the jobs of one target name.
@@ -32,6 +35,8 @@ class Definitions:
         self._monotonic = monotonic
         self._known: dict[str, tuple[Definition, float]] = {}
         self._wanted: dict[str, Plan] = {}
+        self._failures = 0
+        self._not_before = 0.0
         self._lock = Lock()
 
     def under(self, plan: Plan) -> Plan | None:
@@ -48,15 +53,21 @@ class Definitions:
     def read(self) -> bool:
         """Read what was wanted; whether anything was.
 
+        After a failure nothing is read for a while, and what is wanted stays so.
+
         Raises:
             Unavailable: the provider cannot be asked now; what was wanted still is.
         """
         with self._lock:
+            if self._monotonic() < self._not_before:
+                return False
             wanted = dict(self._wanted)
         for key, plan in wanted.items():
             try:
                 found = self._backend.definition(plan.options)
-            except Unavailable:
+            except Unavailable as error:
+                with self._lock:
+                    self._pause(error)
                 raise
             except Exception as error:  # noqa: BLE001 - the launch will be refused, and told of
                 report_breach(error, BackendError)
@@ -65,4 +76,14 @@ class Definitions:
             with self._lock:
                 self._known[key] = (found, self._monotonic())
                 self._wanted.pop(key, None)
+                self._failures = 0
         return bool(wanted)
+
+    def _pause(self, error: Unavailable) -> None:
+        """Ask again later, and the later the longer nobody answers."""
+        if error.not_started:  # it does answer, or was not asked: the budget was used up
+            seconds = error.retry_after.total_seconds() if error.retry_after else 1.0
+        else:
+            self._failures = min(self._failures + 1, 10)
+            seconds = 2.0**self._failures
+        self._not_before = self._monotonic() + min(LONGEST_PAUSE, seconds)

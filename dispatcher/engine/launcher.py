@@ -379,8 +379,10 @@ class Launcher:
             report_breach(error, BackendError)
             self._store.postpone_look(row.id, min(30.0, 2.0 * 2 ** min(row.looks, 4)))
             if not (isinstance(error, Unavailable) and error.not_started):
+                place.looks_failed(self._monotonic())
                 place.went_down(f"{type(error).__name__}: {error}")
             return
+        place.look_failures = 0
         if found is not None:
             self._adopt(place, [(call, found)], reason="found by its key")
             return

@@ -36,6 +36,9 @@ log = structlog.get_logger(__name__)
 READERS: Final = 8
 """Threads that poll, cancel and look keys up, for each target."""
 
+LONGEST_PAUSE: Final = 30.0
+"""Seconds between two tries to look keys up while nobody answers, at most."""
+
 
 def boottime() -> float:
     """Read a clock that nobody sets and that goes on while the machine sleeps."""
@@ -62,6 +65,10 @@ class Place:
 
     following: Lock = field(default_factory=Lock)
     poll_failures: int = 0
+    look_failures: int = 0
+    no_look_before: float = 0.0
+    """By the engine's clock: keys cannot be looked up now, so that nobody tries until then."""
+
     down: bool = True
     """Whether the row may say that it is down: at first it may, from a worker before this one."""
 
@@ -73,6 +80,12 @@ class Place:
         self.down = True
         self.launches_fail = self.launches_fail or resume_in is not None
         self.store.target_down(self.target.name, plain(reason), resume_in=resume_in)
+
+    def looks_failed(self, now: float) -> None:
+        """Look no key up for a while, and the longer the longer nobody answers."""
+        if now >= self.no_look_before:  # those that fail together count once
+            self.look_failures = min(self.look_failures + 1, 10)
+            self.no_look_before = now + min(LONGEST_PAUSE, 2.0**self.look_failures)
 
     def came_up(self, *, launches: bool = False) -> None:
         """Record that the target answers again: launches, or only the reading of states."""

@@ -63,6 +63,12 @@ class Planner:
 
     def _plan(self, planning: Planning, job: Job, place: Place) -> bool:
         """Write the chunks of a held batch; whether there are any."""
+        if job.receipt == "required" and not _takes_results(place):
+            raise InvalidInput(
+                f"job {job.name} requires receipts, and the tasks of target {job.target} have "
+                "nowhere to write them: set DISPATCHER_STORAGE_URL for the workers, to a place "
+                "that the containers can write"
+            )
         items, chunks, rows, size = 0, 0, list[tuple[int, int, float | None, str]](), 0
         largest, heaviest = place.backend.limits.max_payload_bytes, 0
         with contextlib.closing(self._items(planning, job)) as texts:
@@ -110,6 +116,11 @@ class Planner:
                 yield from stream
             except Unreachable as error:
                 raise _NotNow(str(error), planning.tries) from error
+
+
+def _takes_results(place: Place) -> bool:
+    """Say if the tasks of a target can leave results."""
+    return place.storage is not None or place.backend.limits.own_results
 
 
 class _Undo(Exception):

@@ -90,9 +90,12 @@ class Sweeper:
         calls = due.get("call", [])
         if calls:
             calls = calls[: self._launcher.calls_allowed(place, len(calls))]
+        looks = due.get("look", []) if self._monotonic() >= place.no_look_before else []
+        if place.look_failures:
+            looks = looks[:1]  # one is enough to find out whether it answers again
         for rows, step in (
             (due.get("cancel", []), self._cancel),
-            (due.get("look", []), partial(self._each, step=self._launcher.look)),
+            (looks, partial(self._each, step=self._launcher.look)),
             (calls, partial(self._each, step=self._launcher.call_again)),
         ):
             # A few at a time, and for a short time: the rest stays due, and polls go on between.

@@ -102,6 +102,15 @@ class EnqueueStore(BaseStore):
         ).first()
         return None if row is None else (row[0], row[1])
 
+    def takes_results(self, tx: sa.Connection, target: str) -> bool | None:
+        """Say if tasks of a target can leave results, as who led it last told; None: not known."""
+        told: bool | None = self.run(
+            tx,
+            "SELECT (limits ->> 'results')::bool FROM dispatcher.target WHERE name = :name",
+            name=target,
+        ).scalar_one_or_none()
+        return told
+
 
 def new_batch_id() -> str:
     """Make a batch's id: 12 letters and digits, random from the first, so that prefixes differ."""

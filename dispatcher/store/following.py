@@ -206,9 +206,8 @@ class FollowStore(BaseStore):
                     RETURNING id, batch_id
                 ), v AS (
                     INSERT INTO dispatcher.event
-                        (at, actor, kind, batch_id, execution_id, old, new, reason)
-                    SELECT now(), :actor, 'execution', batch_id, id, 'launched', 'launched', :reason
-                    FROM e
+                        (at, actor, kind, batch_id, execution_id, reason)
+                    SELECT now(), :actor, 'execution', batch_id, id, :reason FROM e
                 )
                 SELECT id FROM e
                 """,

@@ -237,7 +237,8 @@ def commands() -> list[list[str]]:
 def test_the_commands_are_those_that_are_promised() -> None:
     assert [" ".join(words) for words in commands()] == [
         *("enqueue", "batches", "show", "watch", "logs", "retry", "cancel", "explain", "audit"),
-        *("jobs", "check", "standalone", "db upgrade", "db check", "db downgrade"),
+        *("jobs", "check", "apply", "standalone"),
+        *("db upgrade", "db check", "db downgrade", "emulate cloud-run"),
     ]
 
 
@@ -590,6 +591,8 @@ def test_show_gives_all_of_it_as_one_document(desk: Desk) -> None:
     first, second, _ = shown["chunks"]
     assert list(first) == [
         *("index", "state", "size", "weight", "due_at", "outcome", "reason", "finished_at"),
+        "items_ok",
+        "parent",
         "attempts",
     ]
     assert first["attempts"][0]["exit_code"] == 9
@@ -619,7 +622,11 @@ def test_show_says_so_where_nothing_failed(desk: Desk) -> None:
     batch_id = desk.enqueue("work", "--item", "a")
     desk.finish(batch_id)
     assert desk.ok("show", batch_id, "--failed").err == "no chunk has failed\n"
-    assert 'chunk 0, items:\n["a"]\n' in desk.ok("show", batch_id, "--items").out
+    shown = desk.ok("show", batch_id, "--items").out.splitlines()[-2:]
+    assert [line.split() for line in shown] == [
+        ["CHUNK", "ITEM", "STATE", "ATTEMPT", "VALUE", "OUTPUT", "OR", "ERROR"],
+        ["0", "0", "succeeded", "1", '"a"'],
+    ]
 
 
 def test_a_chunk_that_waits_for_its_retry_counts_as_troubled(desk: Desk) -> None:
@@ -822,7 +829,7 @@ def test_check_says_what_is_wrong_and_what_to_do(desk: Desk) -> None:
     assert ran.code == 1
     lines = ran.out.splitlines()
     assert lines[0] == "ok    settings  events will name ann@desk"
-    assert lines[1].endswith("answers, at revision 0001")
+    assert lines[1].endswith(f"answers, at revision {schema.REVISION}")
     assert lines[2].startswith("warn  broker    DISPATCHER_BROKER_URL is not set: ")
     assert "ok    job work  can run on target nowhere" in lines
     missing = next(line for line in lines if "no-such-program" in line)
@@ -840,7 +847,16 @@ def test_check_is_content_with_an_installation_that_works(desk: Desk, valkey: st
     assert told["ok"]
     assert {check["level"] for check in told["checks"]} == {"ok"}
     assert [check["name"] for check in told["checks"]] == [
-        *("settings", "database", "broker", "jobs", "job work", "job measured", "job shout"),
+        *(
+            "settings",
+            "database",
+            "broker",
+            "storage",
+            "jobs",
+            "job work",
+            "job measured",
+            "job shout",
+        ),
         *("workers", "target nowhere", "target here"),
     ]
     assert list(told["checks"][0]) == ["name", "level", "text", "todo", "unreachable"]
@@ -911,21 +927,26 @@ def test_a_standalone_without_its_jobs_file_is_refused(desk: Desk) -> None:
 
 
 def test_the_tables_go_up_and_down(desk: Desk) -> None:
-    assert desk.ok("db", "check").out == "the database is at revision 0001, which fits this code\n"
-    assert desk.ok("db", "upgrade").out == "the database was at revision 0001 already\n"
+    assert (
+        desk.ok("db", "check").out
+        == f"the database is at revision {schema.REVISION}, which fits this code\n"
+    )
+    assert (
+        desk.ok("db", "upgrade").out == f"the database was at revision {schema.REVISION} already\n"
+    )
     assert desk.ok("db", "downgrade", "base", "--yes").out == (
-        "the database is at revision none; it was at 0001\n"
+        f"the database is at revision none; it was at {schema.REVISION}\n"
     )
     told = desk.run("db", "check", "--json")
     assert told.code == 1
     assert told.json == {
         "ok": False,
         "revision": None,
-        "needed": "0001",
-        "problem": "the database is at revision none and this code needs 0001: run "
+        "needed": schema.REVISION,
+        "problem": f"the database is at revision none and this code needs {schema.REVISION}: run "
         "`dispatcher db upgrade`",
     }
-    assert desk.ok("db", "upgrade", "--json").json == {"revision": "0001", "was": None}
+    assert desk.ok("db", "upgrade", "--json").json == {"revision": schema.REVISION, "was": None}
     assert desk.ok("db", "check", "--json").json["ok"]
 
 
@@ -934,7 +955,8 @@ def test_a_downgrade_asks_somebody_or_does_nothing(desk: Desk) -> None:
     assert said.endswith("Nobody is there to ask: give --yes to say so")
     assert desk.ok("db", "check").code == 0
     assert desk.refused("db", "downgrade", "0099", "--yes") == (
-        'error: "0099" is no revision of this code; known: base (no tables at all), 0001'
+        'error: "0099" is no revision of this code; known: base (no tables at all), '
+        "0001, 0002, 0003"
     )
 
 
@@ -942,7 +964,8 @@ def test_a_database_of_newer_code_is_left_alone(desk: Desk) -> None:
     desk.sql("UPDATE dispatcher.alembic_version SET version_num = '0099'")
     for words in (("db", "upgrade"), ("db", "downgrade", "0001", "--yes")):
         assert desk.refused(*words, code=1) == (
-            "error: the database is at revision 0099 and this code knows 0001 at most: use the "
+            f"error: the database is at revision 0099 and this code knows {schema.REVISION} at "
+            "most: use the "
             "newer dispatcher that brought it there"
         )
 
@@ -1051,7 +1074,8 @@ def test_a_database_that_is_down(desk: Desk) -> None:
     ):
         said = desk.refused(*words, "--database-url", url, code=4)
         assert said.startswith(
-            f"error: cannot reach the database at postgresql+psycopg://ann:***@127.0.0.1:{port}/shop"
+            "error: cannot reach the database at "
+            f"postgresql+psycopg://ann:***@127.0.0.1:{port}/shop"
             ": "
         )
         assert said.endswith("Is Postgres running, and is DISPATCHER_DATABASE_URL right?")
@@ -1071,19 +1095,19 @@ def test_a_database_that_was_never_migrated_or_is_behind(desk: Desk) -> None:
         ran = desk.run(*words)
         assert ran.code == 1
         assert (
-            "the database is at revision none and this code needs 0001: run `dispatcher db upgrade`"
-            in ran.out + ran.err
+            f"the database is at revision none and this code needs {schema.REVISION}: run "
+            "`dispatcher db upgrade`" in ran.out + ran.err
         )
 
 
 def test_a_database_ahead_that_still_supports_this_code_is_used(desk: Desk) -> None:
     desk.sql("UPDATE dispatcher.alembic_version SET version_num = '0099'")
     assert desk.enqueue("work", "--item", "a")
-    assert "newer than this code's 0001" in desk.run("check").out
+    assert f"newer than this code's {schema.REVISION}" in desk.run("check").out
     desk.sql("UPDATE dispatcher.installation SET oldest_code = 99")
     assert desk.refused("enqueue", "work", "--item", "a", code=1) == (
         "error: the database is at revision 0099 and supports code version 99 or newer; this is "
-        "version 1: install a newer dispatcher here"
+        f"version {schema.CODE_VERSION}: install a newer dispatcher here"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import time
 from collections import Counter
@@ -33,7 +34,7 @@ from dispatcher.cli import app
 from dispatcher.client import Batch, Dispatcher
 from dispatcher.config import load_config
 from dispatcher.emulators.cloud_run import CloudRunEmulator, Code, EmulatorOptions
-from dispatcher.emulators.cloud_run import ScriptRunner, TaskEnd, TaskStart
+from dispatcher.emulators.cloud_run import ScriptRunner, TaskEnd, TaskStart, World
 from dispatcher.emulators.cloud_run.faults import outage, refuse, slow_cancel
 from dispatcher.engine import Engine
 from dispatcher.engine.metering import TargetMeter
@@ -75,6 +76,7 @@ class Cloud:
         jobs: Mapping[str, Mapping[str, Any]],
         *,
         workers: int = 1,
+        storage: bool = True,
         **target: Any,
     ) -> None:
         self.emulator = emulator
@@ -102,7 +104,7 @@ class Cloud:
         )
         self.config = load_config(str(self.jobs))
         self.database_url = database_url
-        self.storage = Storage(f"file://{folder}/store")
+        self.storage = Storage(f"file://{folder}/store") if storage else None
         self.ahead = 0.0
         self._closing = ExitStack()
         self.database = self._connect()
@@ -209,6 +211,38 @@ class Cloud:
             run_v2.ExecutionsClient(transport=ExecutionsGrpcTransport(channel=channel)),
         )
 
+    def check(self) -> tuple[int, str]:
+        """What `dispatcher check` says of the first job, and its exit code."""
+        environment: dict[str, str | None] = {
+            **{name: None for name in os.environ if name.startswith("DISPATCHER_")},
+            "DISPATCHER_DATABASE_URL": self.database_url,
+            "DISPATCHER_JOBS": str(self.jobs),
+        }
+        ran = CliRunner(env=environment).invoke(app, ["check", "--json"])
+        assert "Traceback" not in ran.output
+        found = [one for one in json.loads(ran.stdout)["checks"] if one["name"].startswith("job ")]
+        return ran.exit_code, "\n".join(
+            f"{one['level']}: {one['text']}; {one['todo']}" for one in found
+        )
+
+    def count_calls(self) -> Counter[str]:
+        """Count from now on what the engine asks of its backend."""
+        counts: Counter[str] = Counter()
+        backend = self.engines[0].places["cloud"].backend
+
+        def counted(name: str) -> Callable[..., Any]:
+            verb = getattr(backend, name)
+
+            def call(*given: Any) -> Any:
+                counts[name] += 1
+                return verb(*given)
+
+            return call
+
+        for name in ("definition", "launch", "find", "poll", "cancel"):
+            setattr(backend, name, counted(name))
+        return counts
+
     @property
     def launches(self) -> int:
         return self.emulator.calls["Jobs.RunJob"]
@@ -289,19 +323,22 @@ def test_ten_thousand_chunks_are_one_launch_and_their_failures_one_more(
 ) -> None:
     def script(start: TaskStart) -> TaskEnd:
         chunk, attempt = chunk_of(start)
-        return TaskEnd(seconds=60 + chunk % 50, exit_code=int(chunk % 100 == 7 and attempt == 1))
+        return TaskEnd(seconds=60, exit_code=int(chunk % 100 == 7 and attempt == 1))
 
     cloud = make_cloud(script, jobs={"etl": PACKED}, max_running=10_000)
+    began = cloud.monotonic()
     batch = cloud.dispatcher.enqueue("etl", range(10_000))
     cloud.turn()
     assert cloud.launches == 1, "ten thousand chunks, one call"
-    began = cloud.monotonic()
     ended = cloud.finish(batch, step=2.5, within=900)
-    took = cloud.monotonic() - began
-    print("took", took, "calls", dict(cloud.emulator.calls), len(cloud.reads()))
-    print(cloud.sql("select tasks, intent_at from dispatcher.execution order by id"))
+    passed, reads = cloud.monotonic() - began, cloud.reads()
+    print(f"{passed=:.0f} reads={len(reads)}", cloud.emulator.calls)
     assert (ended.state, ended.counts) == ("succeeded", {"succeeded": 10_000})
-    assert cloud.launches <= 3
+    assert Counter(map(len, cloud.outcomes(batch))) == {1: 9_900, 2: 100}
+    assert [execution.task_count for execution in cloud.world.executed] == [10_000, 100]
+    assert cloud.launches == 2
+    assert len(reads) <= passed / 5
+    assert most_within(reads, 4.9) == 1
 
 
 def test_a_straggler_of_an_hour_holds_up_nobody_and_its_lost_record_costs_one_chunk(
@@ -383,19 +420,308 @@ def test_a_parallelism_of_two_is_kept_and_its_queue_is_no_late_start(make_cloud:
 def test_cancelled_in_the_console_and_late_by_our_deadline_are_two_things(
     make_cloud: MakeCloud,
 ) -> None:
-    """The late one runs past its timeout: Cloud Run asks for its end, and it takes its time."""
+    """The late one runs past its timeout, again and again: Cloud Run retries it by itself."""
 
-    def script(_: TaskStart) -> TaskEnd:
-        return TaskEnd(seconds=math.inf, stop_seconds=600)
+    def script(start: TaskStart) -> TaskEnd:
+        chunk, attempt = chunk_of(start)
+        if (chunk, attempt) == (1, 2):
+            return TaskEnd(seconds=5)
+        return TaskEnd(seconds=math.inf)
 
     etl = {"timeout": "2m", "start_timeout": "1m", "retry": {"attempts": 2, "initial": "5s"}}
-    cloud = make_cloud(script, jobs={"etl": etl})
+    cloud = make_cloud(script, jobs={"etl": etl}, definition={"max_retries": 5})
     batch = cloud.dispatcher.enqueue("etl", range(2))
     cloud.turn()
-    console, late = (one.name for one in cloud.world.executed)
+    cloud.turn(10)
+    (console,) = (e.name for e in cloud.world.executed if e.env["DISPATCH_CHUNK_INDEX"] == "0")
     cloud.client().executions.cancel_execution(name=console)
-    cloud.until(lambda: len(cloud.world.executed) == 3, "the retry", step=5, within=1200)
-    print(
-        cloud.outcomes(batch),
-        [attempts.reason for c in cloud.chunks(batch) for attempts in c.attempts],
+    ended = cloud.finish(batch, step=5, within=900)
+    assert cloud.outcomes(batch) == [["cancelled"], ["timed_out", "succeeded"]]
+    cancelled, late = (chunk.attempts[0] for chunk in cloud.chunks(batch))
+    assert (cancelled.ended_at - cancelled.started_at).total_seconds() < 15
+    assert late.reason == "the execution ran past its deadline (the provider says: cancelled)"
+    assert cloud.emulator.calls["Executions.CancelExecution"] >= 2
+    assert ended.state == "failed"
+    print(cancelled.reason, ended.reason, cloud.emulator.calls)
+
+
+def test_a_stray_that_nobody_owns_is_stopped_and_what_is_not_ours_is_left_alone(
+    make_cloud: MakeCloud,
+) -> None:
+    cloud = make_cloud(lambda _: math.inf)
+    batch = cloud.dispatcher.enqueue("etl", [1])
+    cloud.turn()
+    (own,) = cloud.world.executed
+    client = cloud.client()
+
+    def run(**env: str) -> str:
+        override = run_v2.RunJobRequest.Overrides.ContainerOverride(
+            env=[run_v2.EnvVar(name=name, value=value) for name, value in env.items()]
+        )
+        overrides = run_v2.RunJobRequest.Overrides(container_overrides=[override])
+        request = run_v2.RunJobRequest(name=JOB, overrides=overrides)
+        name: str = client.jobs.run_job(request).metadata.name
+        return name
+
+    stray = run(DISPATCH_KEY="d-nobody-1", DISPATCH_INSTANCE=own.env["DISPATCH_INSTANCE"])
+    twin = run(DISPATCH_KEY=own.env["DISPATCH_KEY"], DISPATCH_INSTANCE=own.env["DISPATCH_INSTANCE"])
+    others = run(DISPATCH_KEY="d-other-1", DISPATCH_INSTANCE="another")
+    nobodys = run(A="1")
+    cloud.engines[0].sweep_strays("cloud")
+    cloud.until(lambda: len(cloud.world.running) == 3, "the strays were stopped")
+    assert {one.name for one in cloud.world.running} == {own.name, others, nobodys}
+    ended = "SELECT handle FROM dispatcher.execution WHERE stray AND state = 'ended'"
+    cloud.until(lambda: len(cloud.sql(ended)) == 2, "their end was confirmed")
+    assert set(cloud.sql(ended)) == {stray, twin}
+    assert batch.refresh().counts == {"running": 1}
+
+
+# --- outages and cancels --------------------------------------------------------------------------
+
+
+def test_an_outage_of_a_second_while_polling_changes_nothing(make_cloud: MakeCloud) -> None:
+    cloud = make_cloud(lambda _: 20.0, poll_interval="1s")
+    batch = cloud.dispatcher.enqueue("etl", range(10))
+    cloud.turn()
+    cloud.turn(5)
+    cloud.emulator.faults.add(outage(1.0, starts=0.5))
+    cloud.until(lambda: cloud.emulator.refused, "a poll met the outage", step=0.2, within=2)
+    assert cloud.finish(batch, step=0.5).state == "succeeded"
+    assert {tuple(one) for one in cloud.outcomes(batch)} == {("succeeded",)}
+    assert cloud.launches == 10
+    assert set(cloud.emulator.refused) == {("Executions.ListExecutions", "UNAVAILABLE")}
+
+
+@pytest.mark.parametrize("who", ["the console", "the dispatcher"])
+def test_a_cancelled_execution_has_not_succeeded_whatever_of_it_had(
+    make_cloud: MakeCloud, who: str
+) -> None:
+    def script(start: TaskStart) -> TaskEnd:
+        return TaskEnd(seconds=1 if chunk_of(start)[0] < 2 else math.inf)
+
+    etl = {"options": {"job": "etl", "max_tasks": 4}}
+    cloud = make_cloud(script, jobs={"etl": etl})
+    batch = cloud.dispatcher.enqueue("etl", range(4))
+    cloud.turn()
+    cloud.turn(2)
+    (execution,) = cloud.world.executed
+    if who == "the console":
+        cloud.client().executions.cancel_execution(name=execution.name)
+    else:
+        batch.cancel("not wanted")
+    ended = cloud.finish(batch)
+    assert cloud.outcomes(batch) == [["succeeded"], ["succeeded"], ["cancelled"], ["cancelled"]]
+    assert ended.state == ("failed" if who == "the console" else "cancelled")
+    assert cloud.world.busy == 0
+
+
+def test_a_cancel_of_a_thousand_running_tasks_is_confirmed_and_nothing_runs_after_it(
+    make_cloud: MakeCloud,
+) -> None:
+    etl = {"options": {"job": "etl", "max_tasks": 250}, "retry": {"initial": "1s"}}
+    cloud = make_cloud(lambda _: math.inf, jobs={"etl": etl})
+    batch = cloud.dispatcher.enqueue("etl", range(1000))
+    cloud.until(lambda: cloud.world.busy == 1000, "all of them run")
+    cloud.emulator.faults.add(slow_cancel(3.0))
+    batch.cancel("not wanted")
+    took = cloud.until(lambda: batch.refresh().finished, "the cancel was confirmed")
+    assert cloud.world.busy == 0, "confirmed is over"
+    started = len(cloud.world.starts)
+    for _ in range(20):
+        cloud.turn(30)
+    assert batch.refresh().counts == {"cancelled": 1000}
+    assert len(cloud.world.starts) == started == 1000
+    assert (cloud.launches, cloud.world.running) == (4, [])
+    assert {tuple(one) for one in cloud.outcomes(batch)} == {("cancelled",)}
+    print(took, cloud.emulator.calls)
+
+
+# --- budgets --------------------------------------------------------------------------------------
+
+
+def test_a_429_slows_the_shared_bucket_and_costs_no_attempt(make_cloud: MakeCloud) -> None:
+    """The target is allowed three times what the project's quota bears."""
+    cloud = make_cloud(
+        options=EmulatorOptions(run_per_minute=30, seed=1), launches_per_minute=90, workers=2
     )
+    batch = cloud.dispatcher.enqueue("etl", range(80))
+    cloud.until(lambda: cloud.emulator.refused, "the first refusal", step=0.5)
+    (pace,) = cloud.sql("SELECT pace FROM dispatcher.bucket WHERE kind = 'launch'")
+    assert pace < 1
+    took = cloud.until(lambda: batch.refresh().finished, "the batch ended")
+    assert cloud.outcomes(batch) == [["succeeded"]] * 80
+    assert len(cloud.world.executed) == 80
+    assert cloud.launches <= 80 * 1.2, "a refusal is no invitation"
+    print(pace, cloud.emulator.refused, cloud.launches, took)
+
+
+def test_two_workers_share_one_budget_of_reads(make_cloud: MakeCloud) -> None:
+    """Both follow: which a lease that has just moved can make of them."""
+    cloud = make_cloud(
+        lambda _: 120.0,
+        launches_per_minute=100_000,
+        reads_per_minute=30,
+        poll_interval="1s",
+        workers=2,
+    )
+    batch = cloud.dispatcher.enqueue("etl", range(100))
+    cloud.turn()
+    began = cloud.monotonic()
+    assert cloud.finish(batch).state == "succeeded"
+    minutes, reads = (cloud.monotonic() - began) / 60, cloud.reads()
+    assert not cloud.emulator.refused
+    print(minutes, len(reads), most_within(reads, 60))
+    burst = 5
+    assert len(reads) <= 30 * minutes + burst
+    assert most_within(reads, 60) <= 30 + burst
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+class Bad(NamedTuple):
+    """What is wrong, and what is said of it."""
+
+    name: str
+    checked: str
+    """What `dispatcher check` says of it."""
+
+    told: str
+    """What the outcome says."""
+
+    job: Mapping[str, Any] = {}
+    definition: Mapping[str, Any] = {}
+    spoil: Callable[[World], object] = lambda _: None
+    calls: int = 0
+    """RunJob calls for three chunks, and a tried one."""
+
+    item: str = "x"
+    storage: bool = True
+
+
+def forbid(world: World) -> None:
+    world.permissions = frozenset(
+        {"run.jobs.get", "run.jobs.run", "run.executions.list", "run.executions.get"}
+    )
+
+
+def sign_out(world: World) -> None:
+    world.authenticated = False
+
+
+BAD: Final = (
+    Bad(
+        "job missing",
+        "there is no Cloud Run job no-such-job in project-1/europe-west1",
+        "404 ",
+        {"options": {"job": "no-such-job"}},
+    ),
+    Bad("no permission", "run.jobs.runWithOverrides", "403 Permission", spoil=forbid, calls=3),
+    Bad("image missing", "not ready", "gone", definition={"image": "gone"}, calls=3),
+    Bad(
+        "wrong env name",
+        "`env` sets CLOUD_RUN_REGION, which is Cloud Run's own",
+        "the variable CLOUD_RUN_REGION is Cloud Run's own",
+        {"env": {"CLOUD_RUN_REGION": "x"}},
+    ),
+    Bad(
+        "too large",
+        "needs DISPATCHER_STORAGE_URL",
+        "set DISPATCHER_STORAGE_URL for the workers",
+        {"options": {"job": "etl", "max_tasks": 3}},
+        item="x" * 20_000,
+        storage=False,
+    ),
+    Bad(
+        "timeout over the limit",
+        "`timeout` is 7d1h; Cloud Run allows 7d at most",
+        "the timeout is 7d1h and Cloud Run allows 7d",
+        {"timeout": "169h"},
+    ),
+    Bad(
+        "tasks under the job's parallelism",
+        "the Cloud Run job has parallelism 5: Cloud Run refuses executions of fewer tasks",
+        "has parallelism 5 and this execution has 3 tasks",
+        {"options": {"job": "etl", "max_tasks": 10}},
+        {"parallelism": 5},
+    ),
+    Bad("wrong credentials", "401 ", "401 ", spoil=sign_out, calls=3),
+)
+
+
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
+def test_bad_input_is_told_at_the_check_and_rejected_once_in_the_providers_words(
+    make_cloud: MakeCloud, bad: Bad
+) -> None:
+    cloud = make_cloud(jobs={"etl": bad.job}, definition=bad.definition, storage=bad.storage)
+    bad.spoil(cloud.world)
+    code, checked = cloud.check()
+    print(code, checked)
+    before = cloud.launches
+    batch = cloud.dispatcher.enqueue("etl", [f"{bad.item}{number}" for number in range(3)])
+    ended = cloud.finish(batch)
+    for _ in range(10):
+        cloud.turn(60)
+    print(ended.reason, cloud.launches - before, cloud.emulator.calls)
+    print([chunk.attempts[0].reason for chunk in cloud.chunks(batch)][0])
+    assert bad.checked in checked
+    assert ended.state == "failed"
+    assert cloud.outcomes(batch) == [["rejected"]] * 3
+    assert all(bad.told in (chunk.attempts[0].reason or "") for chunk in cloud.chunks(batch))
+    assert cloud.launches - before == bad.calls
+    assert cloud.world.executed == []
+
+
+def test_an_outage_of_ten_minutes_is_asked_after_seldom_and_costs_nothing(
+    make_cloud: MakeCloud,
+) -> None:
+    cloud = make_cloud(launches_per_minute=1000)
+    cloud.finish(cloud.dispatcher.enqueue("etl", [0]))
+    with cloud.emulator.faults.during(outage()):
+        before = cloud.emulator.calls.copy()
+        batch = cloud.dispatcher.enqueue("etl", range(50))
+        for _ in range(200):
+            cloud.turn(3)
+        calls = cloud.emulator.calls - before
+        print(calls)
+        assert calls["Jobs.RunJob"] <= 40
+        assert calls.total() <= 120
+        code, checked = cloud.check()
+        assert (code, "503 The service is currently unavailable" in checked) == (4, True)
+    took = cloud.until(lambda: batch.refresh().finished, "the batch ended", step=5)
+    assert cloud.outcomes(batch) == [["succeeded"]] * 50
+    assert len(cloud.world.executed) == 51
+    print(took)
+
+
+def test_an_endpoint_where_nobody_listens_is_told_and_asked_seldom(make_cloud: MakeCloud) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nowhere = server.getsockname()[1]
+    cloud = make_cloud(endpoint=f"127.0.0.1:{nowhere}")
+    code, checked = cloud.check()
+    assert code == 4
+    assert "target cloud cannot be asked" in checked
+    assert "Connection refused" in checked
+    asked = cloud.count_calls()
+    batch = cloud.dispatcher.enqueue("etl", range(3))
+    for _ in range(200):
+        cloud.turn(3)
+    assert 5 <= asked.total() <= 30, asked
+    assert batch.refresh().counts == {"pending": 3}
+    assert "target cloud does not answer" in explain(cloud.store, batch.id).text
+
+
+def test_credentials_that_are_not_there_are_told(
+    make_cloud: MakeCloud, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    cloud = make_cloud(insecure=False)
+    code, checked = cloud.check()
+    assert code == 1
+    assert "none.json was not found.; give the workers credentials" in checked
+    batch = cloud.dispatcher.enqueue("etl", range(3))
+    reason = cloud.finish(batch).reason
+    assert reason is not None
+    assert "none.json was not found.; give the workers credentials" in reason
+    assert cloud.outcomes(batch) == [["rejected"]] * 3
+    assert cloud.emulator.calls.total() == 0

@@ -101,7 +101,7 @@ def test_a_batch_of_newer_code_waits_for_a_newer_worker(bench: Bench) -> None:
     said = told(bench, batch)
     assert text(said, "newer_code") == (
         "It was written by newer code (version 9) than any worker that is alive understands "
-        "(version 2): it waits for a newer worker."
+        "(version 3): it waits for a newer worker."
     )
     assert "waits to be planned (its items are stored)." in said.text
 

@@ -86,6 +86,9 @@ def test_a_broad_life_moves_along_the_edges_only_and_along_nearly_all_of_them(
         ("batch", "cancelled", "planning"),
         ("chunk", "launching", "pending"),
         ("chunk", "launching", "cancelled"),
+        ("chunk", "launching", "split"),
+        ("chunk", "running", "split"),
+        ("chunk", None, "succeeded"),
         ("execution", "unknown", "ended"),
     }
     assert edges - walked <= rare, "those have tests of their own"
@@ -225,7 +228,8 @@ def test_a_deadlock_is_a_conflict_after_which_the_step_is_taken_again(bench: Ben
     for thread in threads:
         thread.join(20)
     assert bench.sql("SELECT n FROM public.thing") == [2, 2]
-    assert len(tries) == 3, "one of the two was taken again"
+    # Postgres ends one of the two, or both where both of them find the deadlock at once.
+    assert sorted(tries) in ([1, 1, 2], [1, 2, 2], [1, 1, 2, 2]), "what was ended was taken again"
 
 
 def test_a_step_that_keeps_conflicting_is_given_up() -> None:

@@ -457,9 +457,9 @@ class Database:
     def reset(self) -> None:
         """Make the tables as new: this is a superuser's, and no worker can do it."""
         self.raw.execute(
-            "TRUNCATE dispatcher.event, dispatcher.attempt, dispatcher.execution,"
-            " dispatcher.chunk_items, dispatcher.chunk, dispatcher.item_page, dispatcher.batch,"
-            " dispatcher.target, dispatcher.worker RESTART IDENTITY"
+            "TRUNCATE dispatcher.event, dispatcher.item_result, dispatcher.attempt,"
+            " dispatcher.execution, dispatcher.chunk_items, dispatcher.chunk, dispatcher.item_page,"
+            " dispatcher.batch, dispatcher.bucket, dispatcher.target, dispatcher.worker RESTART IDENTITY"
         )
         self.set_clock(self.BEGINNING)
 

@@ -405,13 +405,14 @@ def test_everything_wrong_in_a_file_is_told_at_once_with_its_path() -> None:
         ),
         (
             "jobs.yaml: jobs.nightly-export.retry.attemps is not a known key; allowed: attempts, "
-            "exit_codes, factor, infrastructure_attempts, initial, jitter, max, pack_wait "
+            "exit_codes, factor, infrastructure_attempts, initial, jitter, max, on_failure, "
+            "pack_wait "
             '(did you mean "attempts"?)'
         ),
         (
             "jobs.yaml: jobs.nightly-export.colour is not a known key; allowed: args, chunk, "
-            "command, deadline, description, env, items, labels, limits, name, options, params, "
-            "priority, retry, start_timeout, success, target, timeout"
+            "command, deadline, description, env, items, labels, limits, name, options, overrides, "
+            "params, priority, receipt, retry, start_timeout, success, target, timeout"
         ),
         (
             'jobs.yaml: jobs.nightly-export.target is "hre"; it must be a configured target: '

@@ -109,6 +109,7 @@ class CloudRunBackend:
             page_size=PAGE,
             poll_interval=settings.poll_interval,
             relaunch_safe=False,
+            own_results=False,
             per_task_env=False,
         )
 
@@ -176,11 +177,11 @@ class CloudRunBackend:
         except CLIENT_ERRORS as error:
             raise at_launch(error, "cannot speak to Cloud Run") from error
         live = self._live_for(own)
+        strict = launching.makes_a_job(own, live, len(request.tasks))
         if live is not None:
-            strict = own.mode == "strict"
             _refuse(launching.check_live(own, live, len(request.tasks), strict=strict))
         container = launching.container_of(own, live)
-        if own.mode == "strict":
+        if strict:
             return self._launch_strict(request, env, container, clients, began)
         asked = launching.run_request(self._job(own.job), request, env, container)
         try:
@@ -257,9 +258,12 @@ class CloudRunBackend:
         """
         own = _own(request.options)
         self._instances.add(request.instance)
-        if own.mode == "shared":
-            return self._reader.find(request, own.job)
-        return self._find_strict(request, self._ready(), self._timeout())
+        found = None
+        if own.mode != "shared":
+            found = self._find_strict(request, self._ready(), self._timeout())
+        if found is None and own.mode != "strict":
+            found = self._reader.find(request, own.job)
+        return found
 
     # --- follow -----------------------------------------------------------------------------------
 
@@ -444,8 +448,12 @@ class CloudRunBackend:
             known = self._live.get(own.job)
         if known is not None and now - known[1] < at_most_old:
             return known[0]
-        name, clients = self._job(own.job), self._ready()
+        name = self._job(own.job)
         what = f"the Cloud Run job {name} cannot be read"
+        try:
+            clients = self._clients.run()
+        except CLIENT_ERRORS as error:
+            raise at_launch(error, "cannot speak to Cloud Run") from error
         try:
             with calling(self._meter, "read", what):
                 live = clients.jobs.get_job(

@@ -203,14 +203,14 @@ def _parallelism(job: Job, options: CloudRunOptions, fixed: int) -> Iterator[Rem
             f"{least}: executions will have {least} tasks at most, not {options.max_tasks:,}",
             "give the Cloud Run job a parallelism, or raise `limits`",
         )
-    if fixed > 1 and not strict:
+    if fixed > 1 and options.mode == "shared":
         yield Remark(
             "warn" if options.max_tasks >= fixed else "fail",
             f"the Cloud Run job has parallelism {fixed}: Cloud Run refuses executions of fewer "
             f"tasks than that, such as the last one of a batch, or a retry"
             + (f", and options.max_tasks is {options.max_tasks}" * (options.max_tasks < fixed)),
-            "set its parallelism to 0 and limit the job by `limits.running`; or options.mode to "
-            "strict",
+            "set options.mode to mixed, which makes a job of their own for these; or set its "
+            "parallelism to 0 and limit the job by `limits.running`",
         )
 
 
@@ -227,7 +227,7 @@ def _trial(
         container = launching.container_of(options, live)
     except Rejected:
         return  # told of before
-    tasks = max(live.template.parallelism, 1) if options.mode == "shared" else 1
+    tasks = max(live.template.parallelism, 1) if options.mode != "strict" else 1
     request = run_v2.RunJobRequest(
         name=name,
         validate_only=True,

@@ -27,6 +27,7 @@ __all__ = [
     "check_live",
     "container_of",
     "env_of",
+    "makes_a_job",
     "misfits",
     "run_request",
     "strict_id",
@@ -125,6 +126,13 @@ def misfits(request: LaunchRequest, env: dict[str, str]) -> Iterator[str]:
         yield f"there are {len(first.args):,} args and Cloud Run allows {MAX_ARGS:,}"
 
 
+def makes_a_job(options: CloudRunOptions, live: Any | None, tasks: int) -> bool:
+    """Say if a launch makes a job of its own."""
+    if options.mode == "mixed":
+        return live is not None and tasks < live.template.parallelism
+    return options.mode == "strict"
+
+
 def check_live(
     options: CloudRunOptions, live: Any, tasks: int, *, strict: bool = False
 ) -> Iterator[str]:
@@ -140,8 +148,8 @@ def check_live(
         yield (
             f"the Cloud Run job {options.job} has parallelism {template.parallelism} and this "
             f"execution has {tasks} task{'' if tasks == 1 else 's'}: Cloud Run refuses fewer tasks "
-            "than that. Set its parallelism to 0 and limit the job by `limits.running`, or set "
-            "options.mode to strict"
+            "than that. Set options.mode to mixed; or set its parallelism to 0 and limit the job "
+            "by `limits.running`"
         )
     if options.parallelism is not None and not 0 < template.parallelism <= options.parallelism:
         has = template.parallelism or "none (as many as it can)"

@@ -343,10 +343,11 @@ class CloudRunOptions(_Value):
         le=MAX_TASKS,
         description="tasks at once, as the definition has it; as a default it is read there",
     )
-    mode: Literal["shared", "strict"] = Field(
+    mode: Literal["shared", "strict", "mixed"] = Field(
         default="shared",
         description="shared: every execution is one of `job`; strict: each launch makes a job of"
-        " its own from it, under a name that cannot be taken twice",
+        " its own from it, under a name that cannot be taken twice; mixed: shared, but strict for"
+        " an execution with fewer tasks than the job's parallelism, which Cloud Run refuses else",
     )
     wrapped: bool = Field(
         default=False,

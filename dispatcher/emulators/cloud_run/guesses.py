@@ -27,6 +27,8 @@ GUESSES: Final[Mapping[str, str]] = {
     "duplicate_env": "A variable given twice in one list of overrides keeps the last value.",
     "reserved_env": "Refused names: CLOUD_RUN_*, PORT, K_SERVICE, K_REVISION, K_CONFIGURATION and "
     "X_GOOGLE_*. Only the CLOUD_RUN_ names of tasks are documented as reserved for jobs.",
+    "tasks_under_parallelism": "RunJob with fewer tasks than the job's parallelism is refused with "
+    "INVALID_ARGUMENT, as users reported in 2023; the code and the words are guessed.",
     "not_ready_job": "RunJob of a job that is not ready, such as one whose image is missing, is "
     "refused with FAILED_PRECONDITION.",
     "failed_task_stops_nothing": "A task that failed for good does not stop the other tasks; the "

@@ -313,6 +313,13 @@ class World:
         self, job: Any, overrides: Any, name: str, now: float, *, only_try: bool = False
     ) -> ExecutionRecord:
         template, task_count = definitions.merge(job, overrides)
+        if task_count < job.template.parallelism:
+            # googleapis/google-cloud-node#4908: a run with fewer tasks than that is refused.
+            raise Refused(
+                Code.INVALID_ARGUMENT,
+                f"Violation in RunJobRequest.overrides.task_count: {task_count} must be at least "
+                f"the job's parallelism, {job.template.parallelism}.",
+            )
         container = template.containers[0]
         env = {
             one.name: self.options.secrets.get(one.value_source.secret_key_ref.secret, one.value)

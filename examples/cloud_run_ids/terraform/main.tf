@@ -7,7 +7,7 @@ terraform {
   required_providers {
     google = {
       source  = "hashicorp/google"
-      version = ">= 5.30, < 8"
+      version = ">= 6.0, < 8"
     }
   }
 }
@@ -24,6 +24,8 @@ locals {
     sample-job-packed   = "wrapped"
     sample-job-by-index = "by-index"
   }
+
+  registry = "${var.region}-docker.pkg.dev/${var.project}/${google_artifact_registry_repository.sample.repository_id}"
 }
 
 resource "google_project_service" "needed" {
@@ -82,7 +84,7 @@ resource "google_cloud_run_v2_job" "sample" {
       timeout = "1800s"
 
       containers {
-        image = "${google_artifact_registry_repository.sample.registry_uri}/${each.value}:1"
+        image = "${local.registry}/${each.value}:1"
         resources {
           limits = {
             cpu    = "1"
@@ -176,7 +178,6 @@ resource "google_project_iam_custom_role" "follower" {
     "run.executions.get",
     "run.executions.list",
     "run.jobs.list",
-    "run.tasks.get",
     "run.tasks.list",
   ]
 }

@@ -1,6 +1,6 @@
 output "registry" {
   description = "Where the images are pushed to, and what begins `definition.image` in jobs.yaml."
-  value       = google_artifact_registry_repository.sample.registry_uri
+  value       = local.registry
 }
 
 output "storage" {

@@ -1,0 +1,173 @@
+"""Five hundred launches on a Cloud Run that loses replies, under workers that are killed.
+
+The workers are real ones on a real broker and database; only Cloud Run is the emulator, in this
+process, so that what it has run can be compared with what was recorded.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event
+from typing import Final
+
+import pytest
+
+from dispatcher import BatchState
+from dispatcher.emulators.cloud_run import CloudRunEmulator, EmulatorOptions, TaskStart
+from dispatcher.emulators.cloud_run.faults import lose_reply, refuse, stale_lists
+from installation import Site, procfile, until
+
+JOBS: Final = """
+targets:
+  cloud:
+    backend: cloud_run
+    project: project-1
+    region: europe-west1
+    endpoint: ENDPOINT
+    insecure: true
+    max_running: 1000
+    launches_per_minute: 60000
+    reads_per_minute: 60000
+    writes_per_minute: 60000
+    call_timeout: 2s
+    find_grace: 6s
+    poll_interval: 1s
+jobs:
+  etl:
+    target: cloud
+    options: {job: etl}
+    retry: {attempts: 1, infrastructure_attempts: 1}
+"""
+
+LAUNCHES: Final = 500
+LONGEST: Final = 60.0
+
+NURSERY: Final = """
+import os, signal, sys
+import dispatcher.backends.cloud_run, workers.app, workers.clock, workers.tasks
+from celery.__main__ import main
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        log = os.open(line.strip(), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        main()
+    print(pid, flush=True)
+"""
+"""Forks workers that have everything imported: or most of the time would go into that."""
+
+
+class Nursery:
+    """Workers as in the Procfile, that begin within a blink."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._pids: set[int] = set()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY, *procfile("worker")[3:]],
+            cwd=site.folder,
+            env=site.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self) -> int:
+        """Start a worker; returns its process id."""
+        streams = self._process.stdin, self._process.stdout
+        assert streams[0] is not None
+        assert streams[1] is not None
+        streams[0].write(f"{self._site.folder}/worker-{len(self._pids)}.log\n")
+        streams[0].flush()
+        pid = int(streams[1].readline())
+        self._pids.add(pid)
+        return pid
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        self._pids.discard(pid)
+
+    def close(self) -> None:
+        for pid in list(self._pids):
+            self.kill(pid)
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def emulator() -> Iterator[CloudRunEmulator]:
+    def script(start: TaskStart) -> float:
+        return 0.5 + int(start.env["DISPATCH_CHUNK_INDEX"]) % 5 / 2
+
+    with CloudRunEmulator(script=script, options=EmulatorOptions(seed=4)) as emulator:
+        emulator.world.define("project-1", "europe-west1", "etl")
+        yield emulator
+
+
+@pytest.mark.timeout(180)
+def test_lost_replies_and_killed_workers_start_nothing_twice_and_lose_nothing(
+    site: Site, emulator: CloudRunEmulator
+) -> None:
+    site.write_jobs(JOBS.replace("ENDPOINT", emulator.grpc_address))
+    # Shorter than in production, so that the test is: what they guard stays the same.
+    site.environment |= {
+        "DISPATCHER_LEASE": "1.5s",
+        "DISPATCHER_HEARTBEAT": "0.5s",
+        "DISPATCHER_CALL_WINDOW": "2s",
+        "DISPATCHER_SWEEP_INTERVAL": "1s",
+        "DISPATCHER_LAUNCH_CONCURRENCY": "64",
+    }
+    emulator.faults.add(
+        stale_lists(5.0),
+        lose_reply("Jobs.RunJob", share=0.15),
+        lose_reply("Jobs.RunJob", "drop", share=0.18),
+        refuse("Jobs.RunJob", share=0.1),
+    )
+    for second in (2, 6, 10):
+        burst = refuse("Jobs.RunJob", code="RESOURCE_EXHAUSTED", starts=second, lasts=0.3)
+        emulator.faults.add(burst)
+    chance = random.Random(4)  # noqa: S311 - picks victims
+    nursery = Nursery(site)
+    kills = 0
+    try:
+        workers = [nursery.start() for _ in range(3)]
+        with site.dispatcher() as dispatcher:
+            began = time.monotonic()
+            batch = dispatcher.enqueue("etl", range(LAUNCHES))
+            # The one place where a test may wait for a time: the kills come once a second.
+            while not batch.refresh().finished and time.monotonic() - began < LONGEST:
+                Event().wait(max(0.0, began + kills + 1 - time.monotonic()))
+                victim = chance.randrange(3)
+                nursery.kill(workers[victim])
+                kills += 1
+                workers[victim] = nursery.start()
+                print(kills, batch.refresh().counts, len(emulator.world.executed), site.sql("select state, count(*) from dispatcher.execution group by 1"), site.sql("select down_calls, resume_at - now() from dispatcher.target"))
+            took = time.monotonic() - began
+            batch = batch.wait(60)
+            chunks = list(dispatcher.chunks(batch.id))
+    except BaseException:
+        print(site.logs())  # noqa: T201 - shown by pytest where it failed
+        raise
+    finally:
+        nursery.close()
+    executed = [one.name for one in emulator.world.executed]
+    recorded = [row[0] for row in site.sql("SELECT handle FROM dispatcher.execution")]
+    print(f"{took=:.1f} {kills=} {emulator.faults.struck} {emulator.calls}", len(executed), len(recorded))
+    assert batch.state is BatchState.SUCCEEDED
+    assert sorted(executed) == sorted(filter(None, recorded))
+    work = Counter(start.env["DISPATCH_CHUNK_INDEX"] for start in emulator.world.starts)
+    assert work == {str(index): 1 for index in range(LAUNCHES)}
+    assert {len(chunk.attempts) for chunk in chunks} == {1}
