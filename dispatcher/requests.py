@@ -54,6 +54,9 @@ class Plan:
     packed_bytes: int | None = None
     """Bytes of items that one execution may carry, over all its tasks; None: no bound."""
 
+    line_bytes: int = 0
+    """What each chunk adds to its items there."""
+
     definition_key: str = ""
     """The same for all plans whose options are the same, and with them what they name."""
 
@@ -81,9 +84,9 @@ class Plan:
         if by_chunk and not wrapped:
             most = 1
         parallelism = min(most, getattr(options, "parallelism", None) or most)
-        room = None if limits.per_task_env else DOCUMENT_BYTES
+        room, line = None if limits.per_task_env else DOCUMENT_BYTES, LINE_BYTES
         if any(map(uses_pack, texts)):
-            room = min(limits.inline_bytes, limits.max_text_bytes)
+            room, line = min(limits.inline_bytes, limits.max_text_bytes), 1
         return cls(
             batch_id,
             job,
@@ -94,6 +97,7 @@ class Plan:
             parallelism,
             wrapped,
             room,
+            line,
             options.model_dump_json(),
         )
 
@@ -108,7 +112,8 @@ class Plan:
         """Say how many chunks go into one execution, given the bytes of the batch's largest."""
         if self.packed_bytes is None or not largest_chunk:
             return self.max_tasks
-        return max(1, min(self.max_tasks, self.packed_bytes // (largest_chunk + LINE_BYTES)))
+        each = largest_chunk + self.line_bytes
+        return max(1, min(self.max_tasks, self.packed_bytes // each))
 
     def times(self, tasks: int, parallelism: int) -> tuple[timedelta, timedelta]:
         """Say how long an execution may take to start, and from there to end."""

@@ -29,7 +29,7 @@ __all__ = ["Source", "read_source"]
 _MODULE: Final = re.compile(
     r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*)(?::(?P<attribute>[^\W\d]\w*))?"
 )
-_SECTIONS: Final = ("targets", "jobs")
+_SECTIONS: Final = ("targets", "jobs", "schedules")
 _MODELS: Final[dict[str, type[BaseModel]]] = {
     model.__name__: model
     for model in (Chunking, ItemSource, Job, Limits, RetryPolicy, SuccessPolicy)

@@ -38,7 +38,6 @@ from examples.compute_api.computations import (
     Computations,
     NoSuchComputation,
     NotDone,
-    ResultUnreadable,
     tables,
 )
 
@@ -337,7 +336,6 @@ def create_app(dispatcher: Dispatcher, engine: sa.Engine, tokens: Mapping[str, s
     app.add_exception_handler(IdempotencyConflict, _conflict)
     app.add_exception_handler(NotDone, _conflict)
     app.add_exception_handler(NoSuchComputation, _no_such)
-    app.add_exception_handler(ResultUnreadable, _later)
     app.add_exception_handler(Unreachable, _later)
     app.add_exception_handler(sa.exc.OperationalError, _later)
     return app

@@ -48,7 +48,7 @@ jobs:
 """
 
 LAUNCHES: Final = 500
-LONGEST: Final = 60.0
+LONGEST: Final = 35.0
 
 NURSERY: Final = """
 import os, signal, sys
@@ -131,14 +131,13 @@ def test_lost_replies_and_killed_workers_start_nothing_twice_and_lose_nothing(
         "DISPATCHER_LAUNCH_CONCURRENCY": "64",
     }
     emulator.faults.add(
-        stale_lists(5.0),
+        refuse("Jobs.RunJob", code="RESOURCE_EXHAUSTED", skip=80, times=15),
+        refuse("Jobs.RunJob", code="RESOURCE_EXHAUSTED", skip=350, times=15),
+        refuse("Jobs.RunJob", share=0.1),
         lose_reply("Jobs.RunJob", share=0.15),
         lose_reply("Jobs.RunJob", "drop", share=0.18),
-        refuse("Jobs.RunJob", share=0.1),
+        stale_lists(5.0),
     )
-    for second in (2, 6, 10):
-        burst = refuse("Jobs.RunJob", code="RESOURCE_EXHAUSTED", starts=second, lasts=0.3)
-        emulator.faults.add(burst)
     chance = random.Random(4)  # noqa: S311 - picks victims
     nursery = Nursery(site)
     kills = 0

@@ -31,7 +31,7 @@ from schemathesis.checks import load_all_checks
 
 from dispatcher import ConfigurationError, Dispatcher, load_config
 from examples.compute_api.app import Order, Variables, create, create_app, read_tokens
-from examples.compute_api.computations import ResultUnreadable, read_count, tables
+from examples.compute_api.computations import tables
 from examples.compute_api.image import count_primes
 from installation import ROOT, Site, until
 
@@ -497,7 +497,8 @@ def test_the_image_finds_its_items_wherever_they_are_and_leaves_its_result(
         code, said = counted(image, {**told, "DISPATCH_RESULT_URI": f"{place.as_uri()}/"})
         assert code == 0, said
         result = place / f"{told.get('CLOUD_RUN_TASK_INDEX', '0')}.json"
-        assert read_count(result.as_uri()) == 21
+        (found,) = json.loads(result.read_text())["items"]
+        assert found["output"]["count"] == 21
 
 
 @pytest.mark.parametrize(
@@ -517,16 +518,6 @@ def test_the_image_tells_bad_input_by_its_exit_code(
     image: Path, told: dict[str, str], arguments: list[str], code: int
 ) -> None:
     assert counted(image, told, *arguments)[0] == code
-
-
-@pytest.mark.parametrize(
-    "left", [None, b"", b"[]", b'{"items": [{}]}', b'{"items": 5}', b"\xff", b" " * (2 << 20)]
-)
-def test_a_result_that_cannot_be_read_is_told_as_such(tmp_path: Path, left: bytes | None) -> None:
-    if left is not None:
-        (tmp_path / "result").write_bytes(left)
-    with pytest.raises(ResultUnreadable, match="result"):
-        read_count((tmp_path / "result").as_uri())
 
 
 # --- what it takes in the cloud -------------------------------------------------------------------
@@ -578,6 +569,7 @@ def test_in_the_cloud_only_the_workers_may_run_anything() -> None:
     }
     assert grants == {
         ("worker", "${google_project_iam_custom_role.launcher.id}"),
+        ("worker", "${google_project_iam_custom_role.follower.id}"),
         ("worker", "roles/storage.objectUser"),
         ("task", "roles/storage.objectViewer"),
         ("task", "roles/storage.objectUser"),
@@ -591,7 +583,7 @@ def test_the_cloud_run_job_leaves_retries_to_the_dispatcher_and_has_room_for_the
     (task,) = execution["template"]
     assert task["max_retries"] == 0
     assert fence.timeout == timedelta(seconds=int(task["timeout"].removesuffix("s")))
-    assert fence.tasks == execution["parallelism"]
+    assert execution["parallelism"] == 0, "Cloud Run refuses fewer tasks than that"
 
 
 @pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform is not installed")

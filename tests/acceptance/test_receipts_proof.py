@@ -189,8 +189,13 @@ def test_ten_thousand_items_of_which_seven_kill_their_container_end_with_the_sev
     for item, why in whys.items():
         assert f"exit code {3 if item % 2 else 137}; 3 of 3 attempts used" in str(why)
     assert code == 0
-    named = [chunk for chunk in json.loads(shown)["chunks"] if chunk["state"] == "failed"]
-    assert sorted(chunk["items"] for chunk in named) == sorted([item] for item in POISON)
+    named = [
+        chunk["items"][one["position"]]
+        for chunk in json.loads(shown)["chunks"]
+        for one in chunk["results"]
+        if one["state"] == "failed"
+    ]
+    assert sorted(named) == sorted(POISON)
     # Parents and children are in the audit, and the extra attempts are few.
     attempts = sum(len(chunk.attempts) for chunk in chunks)
     extra = attempts - ITEMS // CHUNK

@@ -49,8 +49,9 @@ resource "google_cloud_run_v2_job" "count_primes" {
   depends_on          = [google_project_service.needed]
 
   template {
-    # Tasks of one execution that run at once, at most. How many there are is said by each launch.
-    parallelism = 20
+    # As many tasks at once as a launch asks for: Cloud Run refuses fewer tasks than the parallelism,
+    # and how many may run is bounded by `limits` of the dispatcher's job.
+    parallelism = 0
     task_count  = 1
 
     template {
@@ -100,17 +101,34 @@ resource "google_storage_bucket" "dispatcher" {
 resource "google_project_iam_custom_role" "launcher" {
   role_id     = "dispatcherLauncher"
   title       = "Dispatcher: launch"
-  description = "Start, follow and cancel executions of a Cloud Run job."
+  description = "Start and cancel executions of a Cloud Run job."
   permissions = [
     "run.executions.cancel",
-    "run.executions.get",
-    "run.executions.list",
     "run.jobs.get",
     "run.jobs.run",
     "run.jobs.runWithOverrides",
-    "run.tasks.get",
+  ]
+}
+
+# To follow, on the project: executions that nobody owns are looked for in one list over all jobs of
+# the region, and log entries are the project's. It only reads.
+resource "google_project_iam_custom_role" "follower" {
+  role_id     = "dispatcherFollower"
+  title       = "Dispatcher: follow"
+  description = "Read executions and tasks of Cloud Run jobs, and the last lines that they wrote."
+  permissions = [
+    "logging.logEntries.list",
+    "run.executions.get",
+    "run.executions.list",
+    "run.jobs.list",
     "run.tasks.list",
   ]
+}
+
+resource "google_project_iam_member" "worker_follows" {
+  project = var.project
+  role    = google_project_iam_custom_role.follower.id
+  member  = google_service_account.worker.member
 }
 
 # On this one job. runWithOverrides is the power to run any command as the task's identity: nobody
