@@ -361,8 +361,11 @@ class Launcher:
         """Clear up an unknown launch: found → adopt; not there → end it, or call again."""
         limits = place.backend.limits
         grace = (limits.call_timeout + limits.find_grace).total_seconds()
-        can_be_found = (row.past_call_by or 0.0) <= grace
+        left = grace - (row.past_call_by or 0.0)
+        can_be_found = left >= 0.0
         delay = min(10.0, 1.0 * 2 ** min(row.looks, 4))
+        if can_be_found:
+            delay = min(delay, max(1.0, left + 0.1))  # the next look is the one that tells
         call = self._call_of(place, row)
         if call is None:
             # Its job cannot be read any more, and so its batch was cancelled: nothing can be looked

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import Final
 
 import structlog
@@ -39,6 +40,10 @@ PROGRESS_AT_ONCE: Final = 50
 
 NEVER_RAN: Final = frozenset({Outcome.REJECTED, Outcome.START_FAILED, Outcome.NO_CAPACITY})
 """Ends of tasks whose command did not run: they have written nothing."""
+
+_parsing: Final = Lock()
+"""Parsed one at a time, as the interpreter does it anyway: 16 MiB of nonsense can take 400 MB until
+they are refused, and so 16 of them at once more than a worker has."""
 
 Found = Mapping[tuple[int, int], "Told"]
 """What was found, by execution and task index; a task that wrote nothing is not in it."""
@@ -161,7 +166,7 @@ def _progress(storage: Storage, task: OpenTask) -> tuple[int, int] | None:
     uri = storage.uri(f"results/{task.batch_id}/{task.key}/{progress_name(task.task_index)}")
     try:
         data = read_object(uri, MAX_RECEIPT_BYTES)
-        found = None if data is None else read_receipt(data, expected, uri)
+        found = None if data is None else _parse(data, expected, uri)
     except (InvalidReceipt, DispatcherError) as error:
         log.info("no progress", key=task.key, task=task.task_index, why=str(error))
         return None
@@ -210,7 +215,7 @@ def _read_one(
         for one in _places(storage, task, uri, written):
             data = read_object(one, MAX_RECEIPT_BYTES)
             if data is not None:
-                return Told(read_receipt(data, expected, one))
+                return Told(_parse(data, expected, one))
     except InvalidReceipt as error:
         return Told(None, str(error), foreign=error.foreign)
     except TooLarge as error:
@@ -220,6 +225,11 @@ def _read_one(
     except DispatcherError as error:
         return Told(None, f"it cannot be read: {error}", foreign=True)
     return None
+
+
+def _parse(data: bytes, expected: Expected, uri: str) -> Receipt:
+    with _parsing:
+        return read_receipt(data, expected, uri)
 
 
 def _places(

@@ -48,7 +48,7 @@ jobs:
 """
 
 LAUNCHES: Final = 500
-LONGEST: Final = 35.0
+LONGEST: Final = 30.0
 
 NURSERY: Final = """
 import os, signal, sys
@@ -96,6 +96,11 @@ class Nursery:
         self._pids.add(pid)
         return pid
 
+    def alive(self, pids: list[int]) -> bool:
+        """Whether these have written their heartbeats."""
+        here = self._site.sql("SELECT pid FROM dispatcher.worker WHERE stopped_at IS NULL")
+        return {pid for (pid,) in here} >= set(pids)
+
     def kill(self, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
         self._pids.discard(pid)
@@ -128,11 +133,11 @@ def test_lost_replies_and_killed_workers_start_nothing_twice_and_lose_nothing(
         "DISPATCHER_HEARTBEAT": "0.5s",
         "DISPATCHER_CALL_WINDOW": "2s",
         "DISPATCHER_SWEEP_INTERVAL": "1s",
-        "DISPATCHER_LAUNCH_CONCURRENCY": "64",
+        "DISPATCHER_LAUNCH_CONCURRENCY": "160",
     }
     emulator.faults.add(
-        refuse("Jobs.RunJob", code="RESOURCE_EXHAUSTED", skip=80, times=15),
-        refuse("Jobs.RunJob", code="RESOURCE_EXHAUSTED", skip=350, times=15),
+        refuse("Jobs.RunJob", code="RESOURCE_EXHAUSTED", skip=60, times=10),
+        refuse("Jobs.RunJob", code="RESOURCE_EXHAUSTED", skip=250, times=10),
         refuse("Jobs.RunJob", share=0.1),
         lose_reply("Jobs.RunJob", share=0.15),
         lose_reply("Jobs.RunJob", "drop", share=0.18),
@@ -143,6 +148,7 @@ def test_lost_replies_and_killed_workers_start_nothing_twice_and_lose_nothing(
     kills = 0
     try:
         workers = [nursery.start() for _ in range(3)]
+        until(lambda: nursery.alive(workers), "the workers' heartbeats")
         with site.dispatcher() as dispatcher:
             began = time.monotonic()
             batch = dispatcher.enqueue("etl", range(LAUNCHES))
@@ -153,7 +159,6 @@ def test_lost_replies_and_killed_workers_start_nothing_twice_and_lose_nothing(
                 nursery.kill(workers[victim])
                 kills += 1
                 workers[victim] = nursery.start()
-                print(kills, batch.refresh().counts, len(emulator.world.executed), site.sql("select state, count(*) from dispatcher.execution group by 1"), site.sql("select down_calls, resume_at - now() from dispatcher.target"))
             took = time.monotonic() - began
             batch = batch.wait(60)
             chunks = list(dispatcher.chunks(batch.id))
@@ -163,10 +168,16 @@ def test_lost_replies_and_killed_workers_start_nothing_twice_and_lose_nothing(
     finally:
         nursery.close()
     executed = [one.name for one in emulator.world.executed]
-    recorded = [row[0] for row in site.sql("SELECT handle FROM dispatcher.execution")]
-    print(f"{took=:.1f} {kills=} {emulator.faults.struck} {emulator.calls}", len(executed), len(recorded))
-    assert batch.state is BatchState.SUCCEEDED
-    assert sorted(executed) == sorted(filter(None, recorded))
+    rows = site.sql("SELECT handle, state, stray, calls FROM dispatcher.execution")
     work = Counter(start.env["DISPATCH_CHUNK_INDEX"] for start in emulator.world.starts)
-    assert work == {str(index): 1 for index in range(LAUNCHES)}
-    assert {len(chunk.attempts) for chunk in chunks} == {1}
+    struck, calls = emulator.faults.struck, emulator.calls["Jobs.RunJob"]
+    figures = f"{kills} kills, {calls} launch calls, {dict(struck)}, {took:.0f} s and more"
+    assert work == {str(index): 1 for index in range(LAUNCHES)}, figures
+    assert sorted(executed) == sorted(str(handle) for handle, *_ in rows), figures
+    assert {(state, stray) for _, state, stray, _ in rows} == {("ended", False)}
+    assert batch.state is BatchState.SUCCEEDED
+    assert {len(chunk.attempts) for chunk in chunks} == {1}, "none of it cost an attempt"
+    assert struck["lose_reply"] >= 0.25 * LAUNCHES, figures
+    assert emulator.refused["Jobs.RunJob", "RESOURCE_EXHAUSTED"] == 20, figures
+    assert kills >= 15, figures
+    print(figures)
