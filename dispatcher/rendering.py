@@ -401,6 +401,11 @@ def _attempt_document(attempt: Attempt) -> dict[str, Any]:
     }
 
 
+def _going(attempt: Attempt) -> str:
+    """Say how far a running task is, if it told."""
+    return "" if attempt.progress is None else "{:,} of {:,}".format(*attempt.progress)
+
+
 def attempt_rows(chunk: Chunk, now: datetime) -> Iterator[tuple[str, ...]]:
     """Give the cells of a chunk, a row for each attempt; the chunk is named in the first."""
     named = (str(chunk.index), str(chunk.state), str(chunk.size))
@@ -413,7 +418,7 @@ def attempt_rows(chunk: Chunk, now: datetime) -> Iterator[tuple[str, ...]]:
         yield (
             *(("", "", "") if place else named),
             str(attempt.number),
-            "" if attempt.outcome is None else str(attempt.outcome),
+            _going(attempt) if attempt.outcome is None else str(attempt.outcome),
             "" if attempt.exit_code is None else str(attempt.exit_code),
             _took(attempt, now),
             attempt.console_url or attempt.handle or attempt.execution_key,

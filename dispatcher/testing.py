@@ -141,6 +141,9 @@ class NullOptions(BaseModel):
     wrapped: bool = Field(
         default=False, description="an entry wrapper takes args and env from the input document"
     )
+    signed_urls: bool = Field(
+        default=False, description="the input document is given as a signed URL"
+    )
 
 
 @dataclass(slots=True)

@@ -42,6 +42,25 @@ class Claims:
             return None
         return place.backend.winner(handle, name.decode(errors="replace").strip())
 
+    def decide(self, place: Place, key: str, handle: Handle) -> Handle | None:
+        """Name the execution that does the work of a key, before a double of it is stopped.
+
+        If nobody has claimed it yet, the one that is followed is given it: or else the double could
+        win while it is being stopped, and the other one would leave for its sake.
+
+        Raises:
+            Unreachable: the storage does not answer.
+            StorageRefused: it refuses.
+        """
+        name = handle.rpartition("/")[2]  # as `dispatcher.container` writes it
+        if (
+            place.storage is not None
+            and not place.backend.limits.relaunch_safe
+            and place.backend.winner(handle, name) == handle
+        ):
+            place.storage.create(claim_path(key), name.encode())
+        return self.winner(place, key, handle)
+
     def lost(self, place: Place, report: Report) -> bool:
         """Say if a report may be that of a double: a task of it found the claim taken."""
         if place.storage is None or place.backend.limits.relaunch_safe:

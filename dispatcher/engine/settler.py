@@ -43,7 +43,7 @@ log = structlog.get_logger(__name__)
 SETTLE_TASKS: Final = 2_000
 """Tasks settled in one transaction, about."""
 
-SETTLE_RECEIPTS: Final = 200
+SETTLE_RECEIPTS: Final = 500
 """The same where receipts are read: each may tell of many items."""
 
 LOGGED_FAILURES: Final = 5

@@ -561,7 +561,7 @@ class TestALaunchedExecution:
 
     def test_that_is_cancelled_cancels_the_tasks_that_wait(self, place: Place) -> None:
         place.launch("k", "sleep 100", tasks=3, parallelism=1)
-        until((place.spool / "k" / "0" / "process.json").exists, "the first runs")
+        until(lambda: place.runs() == 1, "the first runs")
         place.backend.cancel("k")
         assert [(t.index, t.outcome, t.reason) for t in place.ended("k")] == [
             (0, Outcome.CANCELLED, "cancelled"),
@@ -672,6 +672,14 @@ class TestATask:
         end = place.run("k", 'echo {} > "${DISPATCH_RESULT_URI#file://}"')
         assert end.result_uri == (place.spool / "k" / "0" / "result.json").as_uri()
         assert place.run("k2", "true").result_uri is None
+
+    def test_writes_its_result_to_the_storage_where_there_is_one(self, place: Place) -> None:
+        store = place.folder / "store"
+        store.mkdir()
+        script = 'echo "$DISPATCH_ITEMS" > "${DISPATCH_RESULT_URI#file://}"'
+        place.launch("k", script, tasks=2, result_uri=f"{store.as_uri()}/")
+        assert [task.result_uri for task in place.ended("k")] == [None, None]
+        assert [(store / f"{i}.json").read_text() for i in (0, 1)] == ["[0]\n", "[1]\n"]
 
     def test_starts_with_ordinary_signals_and_no_open_files(self, place: Place) -> None:
         script = "grep -E '^Sig(Blk|Ign):' /proc/self/status; ls /proc/$$/fd; true"

@@ -168,6 +168,29 @@ def test_a_repeated_launch_finds_its_own_document(make_bench: MakeBench, storage
     assert [line["items"] for line in before] == [["a"], ["b"], ["c"]]
 
 
+class Signing(Storage):
+    """A storage that signs, as those of clouds do."""
+
+    def sign(self, path: str, *, method: Any, expires: timedelta) -> str:
+        assert (method, expires) == ("GET", timedelta(days=7))
+        return f"https://storage.example/{path}?X-Signature=secret"
+
+
+def test_a_container_without_a_cloud_sdk_is_given_a_signed_url_that_no_audit_shows(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    storage = Signing(f"file://{tmp_path}/store")
+    one = job(options={"max_tasks": 3, "signed_urls": True})
+    bench = make_bench(one, settings=SHARED, storage=storage)
+    bench.enqueue(["a", "b", "c"])
+    bench.turn()
+    (request,) = bench.world.requests()
+    assert (request.input_uri or "").startswith("https://storage.example/inputs/")
+    assert len(list(storage.list("inputs/"))) == 1
+    (asked,) = bench.sql("SELECT request::text FROM dispatcher.execution")
+    assert "secret" not in asked
+
+
 def test_old_documents_and_results_are_removed(make_bench: MakeBench, storage: Storage) -> None:
     bench = make_bench(job(options={"max_tasks": 3}), settings=SHARED, storage=storage)
     bench.enqueue(["a", "b", "c"])

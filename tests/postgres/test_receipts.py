@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench import Bench, job
+from workbench import HERE, Bench, job
 
 from dispatcher.backends.base import LaunchRequest, TaskInput
 from dispatcher.client import Batch
@@ -507,3 +507,48 @@ def test_a_cancel_keeps_what_was_done(make: Make) -> None:
     batch = bench.finish(batch)
     assert batch.state == "cancelled"
     assert [one.state for one in bench.dispatcher.items(batch.id)] == ["succeeded", "cancelled"]
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_how_far_running_tasks_are_is_read_beside_the_lifecycle(make: Make) -> None:
+    bench, containers = make(chunk={"size": 4}, limits={"running": 2})
+
+    def slow(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        if task.chunk_index == 0:
+            told = receipt(request, task, [(0, True), (1, True)], complete=False)
+            containers.write(request, task, told, "0.progress.json")
+        else:
+            own = {"progress": {"done": 300, "total": 1000}}
+            told = receipt(request, task, [], complete=False, **own)
+            containers.write(request, task, told, "0.progress.json")
+        return Ending(seconds=1000)
+
+    containers.work = slow
+    batch = bench.enqueue(range(9))
+    bench.turn()
+    bench.turn(1)
+    assert bench.engine.follow_progress(HERE) == 2
+    progress = [
+        chunk.attempts[-1].progress if chunk.attempts else None
+        for chunk in bench.dispatcher.chunks(batch.id)
+    ]
+    assert progress == [(2, 4), (300, 1000), None]
+    assert states(bench, batch) == {0: "running", 1: "running", 2: "pending"}
+
+
+def test_progress_that_is_no_progress_changes_nothing(make: Make) -> None:
+    bench, containers = make()
+
+    def slow(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        containers.write(request, task, b"{", "0.progress.json")
+        return Ending(seconds=1000)
+
+    containers.work = slow
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.turn(1)
+    assert bench.engine.follow_progress(HERE) == 0
+    (chunk,) = bench.dispatcher.chunks(batch.id)
+    assert chunk.attempts[-1].progress is None
