@@ -28,7 +28,7 @@ from dispatcher.storage import Storage, TooLarge, read_object
 from dispatcher.store import Store
 from dispatcher.store.rows import OpenTask
 
-__all__ = ["Found", "ReceiptReader", "Told"]
+__all__ = ["Found", "Listed", "ReceiptReader", "Told"]
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +47,10 @@ they are refused, and so 16 of them at once more than a worker has."""
 
 Found = Mapping[tuple[int, int], "Told"]
 """What was found, by execution and task index; a task that wrote nothing is not in it."""
+
+
+Listed = dict[str, Collection[str]]
+"""What tasks of an execution have written, by its key: listed once for all parts of a settle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,10 @@ class ReceiptReader:
         """Let the threads end."""
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    def read(self, place: Place, endings: Sequence[Ending]) -> tuple[Found, set[int]]:
-        """Read what the tasks of some endings wrote.
+    def read(
+        self, place: Place, endings: Sequence[Ending], listed: Listed
+    ) -> tuple[Found, set[int]]:
+        """Read what the tasks of some endings wrote; `listed` keeps listings between calls.
 
         Returns it, and the executions of which it cannot be said now: the storage does not answer.
         """
@@ -97,7 +103,7 @@ class ReceiptReader:
             and task.batch_id in plans
             and plans[task.batch_id].job.receipt != "ignored"
         ]
-        return self._read_all(place.storage, wanted, uris)
+        return self._read_all(place.storage, wanted, uris, listed)
 
     def follow_progress(self, place: Place) -> int:
         """Read how far some running tasks are, and write it down; how many told.
@@ -127,12 +133,13 @@ class ReceiptReader:
         storage: Storage | None,
         tasks: Sequence[OpenTask],
         uris: Mapping[tuple[int, int], str],
+        listed: Listed,
     ) -> tuple[Found, set[int]]:
         found: dict[tuple[int, int], Told] = {}
         unread: set[int] = set()
         for group in _by_execution(tasks):
             try:
-                written = _written(storage, group) if storage is not None else None
+                written = _written(storage, group, listed) if storage is not None else None
             except Unreachable as error:
                 log.warning("receipts cannot be listed now", key=group[0].key, why=str(error))
                 unread.add(group[0].execution_id)
@@ -191,15 +198,19 @@ def _by_execution(tasks: Sequence[OpenTask]) -> Iterator[list[OpenTask]]:
     yield from groups.values()
 
 
-def _written(storage: Storage, group: Sequence[OpenTask]) -> Collection[str] | None:
+def _written(storage: Storage, group: Sequence[OpenTask], listed: Listed) -> Collection[str] | None:
     """List what several tasks of an execution wrote: one call for a thousand names.
 
     None where a listing would cost more than reading.
     """
+    key = group[0].key
+    if key in listed:
+        return listed[key]
     if len(group) == 1:
         return None
     prefix = f"results/{group[0].batch_id}/{group[0].key}/"
-    return {one.path.removeprefix(prefix) for one in storage.list(prefix)}
+    listed[key] = {one.path.removeprefix(prefix) for one in storage.list(prefix)}
+    return listed[key]
 
 
 def _read_one(

@@ -19,7 +19,7 @@ from dispatcher.backends.base import (
 )
 from dispatcher.engine.place import Ending, Place, plain
 from dispatcher.engine.plans import PlanCache
-from dispatcher.engine.receipts import Found, ReceiptReader
+from dispatcher.engine.receipts import Found, Listed, ReceiptReader
 from dispatcher.errors import DispatcherError
 from dispatcher.items import join_items, split_items
 from dispatcher.judging import beyond, judge, verdict
@@ -74,8 +74,9 @@ class Settler:
         """
         left: set[int] = set()
         most = SETTLE_TASKS if place.storage is None else SETTLE_RECEIPTS
+        listed: Listed = {}
         for part in _parts(endings, most):
-            found, unread = self._receipts.read(place, part)
+            found, unread = self._receipts.read(place, part, listed)
             left |= unread
             ready = [one for one in part if one.execution_id not in left]
             if ready:
@@ -167,7 +168,7 @@ class Settler:
                     )
                 )
                 continue
-            if items_ok == attempt.size and outcome is not Outcome.CANCELLED:
+            if items_ok == attempt.size:
                 reason = f"each of its items has succeeded; the last attempt: {closing.reason}"
                 moved.append(move(ChunkState.SUCCEEDED, reason, 0.0, None))
                 continue

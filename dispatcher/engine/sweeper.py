@@ -209,7 +209,7 @@ class Sweeper:
         While that cannot be found out it is left alone.
         """
         try:
-            if self._claims.decide(place, found.key, handle) != found.handle:
+            if self._claims.winner(place, found.key, handle) != found.handle:
                 return False
         except DispatcherError as error:
             log.warning("a claim cannot be read now", key=found.key, why=str(error))

@@ -491,6 +491,24 @@ def test_a_batch_that_can_no_longer_succeed_stops(make: Make) -> None:
     assert {str(state): n for state, n in batch.counts.items()} == {"failed": 10}
 
 
+def test_what_was_all_done_when_a_cancel_came_has_succeeded(make: Make) -> None:
+    bench, containers = make(chunk={"size": 2})
+
+    def done(request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
+        containers.all_good(request, task, items)
+        return Ending(seconds=1000)
+
+    containers.work = done
+    batch = bench.enqueue(["a", "b"])
+    bench.turn()
+    bench.turn(1)
+    bench.dispatcher.cancel(batch.id)
+    batch = bench.finish(batch)
+    assert batch.state == "succeeded", "the cancel came too late to stop anything"
+    ((outcome, _),) = outcomes(bench, batch)
+    assert outcome == "cancelled"
+
+
 def test_a_cancel_keeps_what_was_done(make: Make) -> None:
     bench, containers = make(chunk={"size": 2})
 
