@@ -18,6 +18,7 @@ __all__ = [
     "DOCUMENT_BYTES",
     "claim_path",
     "document",
+    "document_bytes",
     "input_path",
     "needs_document",
     "result_prefix",
@@ -40,6 +41,14 @@ def needs_document(request: LaunchRequest, limits: BackendLimits) -> bool:
 def document(request: LaunchRequest) -> str:
     """Write the input document of an execution; each line ends with a line feed."""
     return "".join(_line(task, wrapped=request.wrapped) for task in request.tasks)
+
+
+def document_bytes(request: LaunchRequest) -> int:
+    """Say how large the document of an execution is."""
+    return sum(
+        len(_line(task, wrapped=request.wrapped).encode(errors="surrogatepass"))
+        for task in request.tasks
+    )
 
 
 def input_path(request: LaunchRequest) -> str:

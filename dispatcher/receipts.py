@@ -35,6 +35,7 @@ MAX_RECEIPT_BYTES: Final = 16 << 20
 
 MAX_OUTPUT_BYTES: Final = 4096
 MAX_TEXT: Final = 1000
+MAX_URI: Final = 8000
 PROGRESS: Final = ".progress.json"
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
@@ -199,7 +200,7 @@ def _told(data: bytes, expected: Expected) -> dict[str, Any]:
         told = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise InvalidReceipt(f"it is no JSON: {str(error)[:200]}", foreign=True) from None
-    if not isinstance(told, dict) or not told.keys() & {"version", "complete"}:
+    if not isinstance(told, dict) or not told.keys() >= {"version", "complete"}:
         raise InvalidReceipt("it is no JSON object with `version` and `complete`", foreign=True)
     if told.get("version") != 1:
         raise InvalidReceipt(f"its version is {_shown(told.get('version'))}; known is 1")
@@ -245,9 +246,20 @@ def _item(entry: Any, given: int) -> ItemResult:
         position,
         ok,
         output,
-        _text(entry.get("output_uri")),
+        _uri(entry.get("output_uri"), position),
         None if ok else _text(entry.get("error")) or "no error told",
     )
+
+
+def _uri(value: Any, position: int) -> str | None:
+    """Take a URI as it is, or refuse it: half of one leads nowhere."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > MAX_URI or "\0" in value:
+        raise InvalidReceipt(
+            f"the output_uri of item {position} is no text of at most {MAX_URI} characters"
+        )
+    return _SURROGATE.sub("\ufffd", value)
 
 
 def _text(value: Any) -> str | None:

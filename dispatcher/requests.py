@@ -151,6 +151,16 @@ def launch_request(
     packed = None
     if any(map(uses_pack, texts)):
         packed = join_arrays(_pick(items[index], positions) for index, _, positions in chunks)
+    same: dict[str, str] = {}
+
+    def fill(text: str, values: Values) -> str:
+        """Fill a text once where it is the same for all tasks: a pack's may be long."""
+        if uses_chunk(text):
+            return render(text, values)
+        if text not in same:
+            same[text] = render(text, values)
+        return same[text]
+
     for place, (index, number, positions) in enumerate(chunks):
         text = _pick(items[index], positions)
         values = Values(
@@ -167,8 +177,8 @@ def launch_request(
                 chunk_index=index,
                 attempt=number,
                 items=text,
-                args=tuple(render(text, values) for text in plan.job.args),
-                env={name: render(text, values) for name, text in plan.job.env.items()},
+                args=tuple(fill(text, values) for text in plan.job.args),
+                env={name: fill(text, values) for name, text in plan.job.env.items()},
             )
         )
     return LaunchRequest(

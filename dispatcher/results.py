@@ -53,6 +53,9 @@ class Item:
     error: str | None = None
     """What its receipt says; else why its chunk failed."""
 
+    told: bool = False
+    """Whether a receipt tells of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Output:
@@ -134,8 +137,8 @@ def outputs(store: Store, batch_id: str) -> Iterator[Output]:
     for chunk in queries.chunks(store, batch_id):
         told = False
         while waiting is not None and waiting.chunk_index == chunk.index:
+            told = told or waiting.told
             if waiting.output is not None or waiting.output_uri is not None:
-                told = True
                 yield Output(
                     waiting.chunk_index,
                     waiting.attempt or 0,
@@ -170,5 +173,7 @@ def _item(chunk: Any, position: int, text: str, told: Any) -> Item:
     if told is None:
         error = reason if standing is ItemState.FAILED else None
         return Item(index, position, item, standing, attempts or None, error=error)
+    if standing is ItemState.SUCCEEDED and not ok:  # later, and without a word
+        return Item(index, position, item, standing, attempts or None)
     output = None if told[4] is None else json.loads(told[4])
-    return Item(index, position, item, standing, told[2], output, told[5], told[6])
+    return Item(index, position, item, standing, told[2], output, told[5], told[6], told=True)

@@ -18,7 +18,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import obstore
 from obstore.exceptions import (
@@ -403,6 +403,8 @@ def read_object(uri: str, most: int) -> bytes | None:
         StorageRefused: the storage refuses.
         Unreachable: it does not answer.
     """
+    if uri.startswith("file://") and not Path(unquote(urlsplit(uri).path)).exists():
+        return None  # and a look makes no directory, which a task of another user could not use
     parent, _, name = uri.rpartition("/")
     return Storage(parent).read(name, most)
 

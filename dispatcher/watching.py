@@ -33,6 +33,9 @@ class Watched:
     next_look: float
     started: bool
     absent: float | None
+    calls: int = 1
+    """Launch calls that were made for it: with more than one there may be a double."""
+
     looked: float | None = None
     """When it was last seen alive."""
 
@@ -53,6 +56,7 @@ class Watch:
         self._history: defaultdict[str | None, History] = defaultdict(History)
         self._not_before = 0.0
         self._put_off: dict[int, float] = {}
+        self._other_handle: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -60,6 +64,10 @@ class Watch:
     def keep(self, ids: Iterable[int]) -> list[int]:
         """Forget what is no longer launched; return what is new."""
         live = set(ids)
+        while self._other_handle:
+            handle = self._other_handle.pop()
+            for one in [one for one in self._known.values() if one.handle == handle]:
+                self.forget(one.id)
         for gone in self._known.keys() - live:
             self.forget(gone)
         return sorted(live - self._known.keys())
@@ -83,6 +91,7 @@ class Watch:
                 due,
                 row.started,
                 None if row.absent_for is None else now - row.absent_for,
+                calls=row.calls,
                 settled=settled.get(row.id, set()),
             )
 
@@ -93,10 +102,11 @@ class Watch:
             self._put_off[execution_id] = until
 
     def forget_handle(self, handle: str) -> None:
-        """Forget the execution that is watched under this handle: it has another one now."""
-        for one in list(self._known.values()):
-            if one.handle == handle:
-                self.forget(one.id)
+        """Have the execution forgotten that is watched under this handle: it has another now.
+
+        At the next round, as this may be called from another thread.
+        """
+        self._other_handle.add(handle)
 
     def forget(self, execution_id: int) -> None:
         """Drop an execution that has ended."""
@@ -160,6 +170,10 @@ class Watch:
         if soon is not None:
             wait = min(wait, max(self._least, soon))
         one.looked, one.next_look = now, now + wait
+
+    def untold(self, one: Watched, now: float) -> None:
+        """Set the next look at an execution that nothing could be said of."""
+        one.next_look = now + interval(now - one.launched, self._shortest(one), self._least)
 
     def failed(self, page: Sequence[Watched], now: float, failures: int) -> None:
         """Set the next look at a page that could not be read."""

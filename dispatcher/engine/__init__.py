@@ -84,17 +84,18 @@ class Engine:
         self._firer = Firer(store, config)
         self._planner = Planner(store, self.places)
         self._receipts = ReceiptReader(store, plans)
-        self._settler = Settler(store, plans, self._receipts, roll)
+        self._settler = Settler(store, plans, self._receipts, roll, monotonic)
+        claims = Claims(store)
         self._launcher = Launcher(
             store,
             plans,
             self._settler,
+            claims,
             concurrency=launch_concurrency,
             window=call_window,
             monotonic=monotonic,
             roll=roll,
         )
-        claims = Claims(store)
         self._poller = Poller(store, self._settler, claims, monotonic)
         self._sweeper = Sweeper(
             store, self._launcher, self._settler, claims, monotonic, storage_keep

@@ -6,13 +6,18 @@ with `CLAIM_LOST` and have done nothing. Losing is no outcome: the winner is fol
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Final
 
 import structlog
 
-from dispatcher.backends.base import CLAIM_LOST, Handle, Report
+from dispatcher.backends.base import CLAIM_LOST, Handle, Launched, Report
 from dispatcher.documents import claim_path
 from dispatcher.engine.place import Place
+from dispatcher.errors import Unreachable
+from dispatcher.states import Outcome
+from dispatcher.storage import StorageRefused
 from dispatcher.store import Store
 
 __all__ = ["Claims"]
@@ -20,6 +25,8 @@ __all__ = ["Claims"]
 log = structlog.get_logger(__name__)
 
 NAME_BYTES: Final = 4096
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""What platforms call executions."""
 
 
 class Claims:
@@ -31,16 +38,22 @@ class Claims:
     def winner(self, place: Place, key: str, handle: Handle) -> Handle | None:
         """Name the execution that has claimed a key; None if nobody has.
 
+        What is no name of an execution is no claim: a container may write anything.
+
         Raises:
             Unreachable: the storage does not answer.
-            StorageRefused: it refuses.
         """
         if place.storage is None or place.backend.limits.relaunch_safe:
             return None
-        name = place.storage.read(claim_path(key), NAME_BYTES)
-        if name is None:
+        try:
+            data = place.storage.read(claim_path(key), NAME_BYTES)
+        except StorageRefused as error:
+            log.warning("a claim cannot be read", key=key, why=str(error))
             return None
-        return place.backend.winner(handle, name.decode(errors="replace").strip())
+        name = "" if data is None else data.decode(errors="replace").strip()
+        if not NAME.fullmatch(name):
+            return None
+        return place.backend.winner(handle, name)
 
     def decide(self, place: Place, key: str, handle: Handle) -> Handle | None:
         """Name the execution that does the work of a key, before a double of it is stopped.
@@ -50,7 +63,6 @@ class Claims:
 
         Raises:
             Unreachable: the storage does not answer.
-            StorageRefused: it refuses.
         """
         name = handle.rpartition("/")[2]  # as `dispatcher.container` writes it
         if (
@@ -58,28 +70,63 @@ class Claims:
             and not place.backend.limits.relaunch_safe
             and place.backend.winner(handle, name) == handle
         ):
-            place.storage.create(claim_path(key), name.encode())
+            try:
+                place.storage.create(claim_path(key), name.encode())
+            except StorageRefused as error:
+                log.warning("a claim cannot be made", key=key, why=str(error))
         return self.winner(place, key, handle)
 
-    def lost(self, place: Place, report: Report) -> bool:
-        """Say if a report may be that of a double: a task of it found the claim taken."""
+    def takes_over(self, place: Place, found: Launched, reason: str) -> bool:
+        """Follow what looks like a stray if it has the claim of its key; it must not be stopped.
+
+        True also while that cannot be found out: then it is left alone, and found again.
+        """
+        state, handle = self._store.known_keys([found.key]).get(found.key, ("ended", None))
+        if state == "ended" or handle is None or handle == found.handle:
+            return False
+        try:
+            if self.decide(place, found.key, handle) != found.handle:
+                return False
+        except Unreachable as error:
+            log.warning("a claim cannot be read now", key=found.key, why=str(error))
+            return True
+        log.warning("double", key=found.key, winner=found.handle, loser=handle)
+        why = f"the claim belongs to {found.handle}, and {handle} does nothing: {reason}"
+        if self._store.follow_winner(found.key, handle, found.handle, why):
+            place.watch.forget_handle(handle)
+        return True
+
+    def may_be_double(
+        self, place: Place, report: Report, calls: int, settled: Collection[int]
+    ) -> bool:
+        """Say if a report may be that of a double: then it must be known who has the claim.
+
+        A task that found the claim taken says so by its exit code. One that could not read it, or
+        never ran, ends in other ways.
+        """
         if place.storage is None or place.backend.limits.relaunch_safe:
             return False
-        return any(task.exit_code == CLAIM_LOST for task in report.tasks)
+        return any(
+            task.exit_code == CLAIM_LOST or (calls > 1 and task.outcome is not Outcome.SUCCEEDED)
+            for task in report.tasks
+            if task.index not in settled
+        )
 
     def follow(self, place: Place, execution_id: int, handle: Handle) -> bool:
         """Follow the winner instead of a double; whether there is another one to follow.
 
         Raises:
             Unreachable: the storage does not answer.
-            StorageRefused: it refuses.
         """
         (row,) = self._store.executions([execution_id]) or (None,)
         if row is None:
             return False
+        if row.handle != handle:
+            return True  # somebody has turned to the other one meanwhile
         winner = self.winner(place, row.key, handle)
         if winner is None or winner == handle:
             return False
         reason = f"the claim belongs to {winner}, and {handle} has done nothing"
         log.warning("double", key=row.key, winner=winner, loser=handle)
-        return self._store.follow_winner(row.key, handle, winner, reason)
+        self._store.follow_winner(row.key, handle, winner, reason)
+        return True  # or somebody else did, or its row has ended: in no case does this one count

@@ -8,8 +8,7 @@ from typing import Final
 
 import structlog
 
-from dispatcher.backends.base import Backend, BackendError, Definition, Unavailable
-from dispatcher.engine.place import report_breach
+from dispatcher.backends.base import Backend, Definition, Rejected, Unavailable
 from dispatcher.requests import Plan
 
 __all__ = ["Definitions"]
@@ -51,7 +50,7 @@ class Definitions:
         return None if known is None else plan.under(known[0])
 
     def read(self) -> bool:
-        """Read what was wanted; whether anything was.
+        """Read what was wanted; whether anything new is known.
 
         After a failure nothing is read for a while, and what is wanted stays so.
 
@@ -62,28 +61,23 @@ class Definitions:
             if self._monotonic() < self._not_before:
                 return False
             wanted = dict(self._wanted)
+        read = False
         for key, plan in wanted.items():
             try:
                 found = self._backend.definition(plan.options)
-            except Unavailable as error:
-                with self._lock:
-                    self._pause(error)
+            except Unavailable:
                 raise
-            except Exception as error:  # noqa: BLE001 - the launch will be refused, and told of
-                report_breach(error, BackendError)
+            except Rejected as error:
                 log.warning("definition cannot be read", job=plan.job.name, why=str(error))
-                found = Definition()
+                # What it was goes on to count; if nothing is known, the launch will be refused too.
+                with self._lock:
+                    known = self._known.get(key)
+                found = Definition() if known is None else known[0]
+            except Exception:
+                log.exception("definition cannot be read; asked again", job=plan.job.name)
+                continue
+            read = True
             with self._lock:
                 self._known[key] = (found, self._monotonic())
                 self._wanted.pop(key, None)
-                self._failures = 0
-        return bool(wanted)
-
-    def _pause(self, error: Unavailable) -> None:
-        """Ask again later, and the later the longer nobody answers."""
-        if error.not_started:  # it does answer, or was not asked: the budget was used up
-            seconds = error.retry_after.total_seconds() if error.retry_after else 1.0
-        else:
-            self._failures = min(self._failures + 1, 10)
-            seconds = 2.0**self._failures
-        self._not_before = self._monotonic() + min(LONGEST_PAUSE, seconds)
+        return read

@@ -28,7 +28,16 @@ from dispatcher.backends.base import (
     Unavailable,
 )
 from dispatcher.config import Target
-from dispatcher.documents import claim_path, document, input_path, needs_document, result_prefix
+from dispatcher.documents import (
+    DOCUMENT_BYTES,
+    claim_path,
+    document,
+    document_bytes,
+    input_path,
+    needs_document,
+    result_prefix,
+)
+from dispatcher.engine.claiming import Claims
 from dispatcher.engine.place import Call, Ending, Place, Round, plain, report_breach
 from dispatcher.engine.plans import PlanCache
 from dispatcher.engine.settler import Settler
@@ -57,6 +66,10 @@ UNLIMITED: Final = 1_000_000
 MOST_CALLS: Final = 5
 """Launch calls without a clear answer, each looked up in vain, after which an attempt is over."""
 
+LONGEST_HOLD: Final = 60.0
+"""Seconds for which a target is not launched on after it has refused a call for now, at most;
+longer only if it says so itself."""
+
 SIGNED_FOR: Final = timedelta(days=7)
 """How long a signed URL serves, which is the longest that providers sign for: tasks of a pack may
 wait for days until they start."""
@@ -73,6 +86,7 @@ class Launcher:
         store: Store,
         plans: PlanCache,
         settler: Settler,
+        claims: Claims,
         *,
         concurrency: int,
         window: timedelta,
@@ -82,6 +96,7 @@ class Launcher:
         self._store = store
         self._plans = plans
         self._settler = settler
+        self._claims = claims
         self._concurrency = concurrency
         self._window = window
         self._monotonic = monotonic
@@ -272,12 +287,24 @@ class Launcher:
         for size in packs:
             chunks, claimed = claimed[:size], claimed[size:]
             if chunks:
-                key = new_key(plan.batch_id)
-                request = launch_request(
-                    plan, key, target.instance, chunks, items, intended_at=target.now
-                )
-                requests.append((plan, request, tuple(chunks)))
+                requests += self._requests(plan, chunks, items, target)
         return requests
+
+    def _requests(
+        self,
+        plan: Plan,
+        chunks: Sequence[Claimed],
+        items: Mapping[int, str],
+        target: TargetRow,
+    ) -> list[tuple[Plan, LaunchRequest, tuple[Claimed, ...]]]:
+        """Write the request of an execution; of several where its document would be too large."""
+        key = new_key(plan.batch_id)
+        request = launch_request(plan, key, target.instance, chunks, items, intended_at=target.now)
+        if plan.wrapped and len(chunks) > 1 and document_bytes(request) > DOCUMENT_BYTES:
+            half = len(chunks) // 2
+            parts = (chunks[:half], chunks[half:])
+            return [one for part in parts for one in self._requests(plan, part, items, target)]
+        return [(plan, request, tuple(chunks))]
 
     def _call(self, place: Place, calls: Sequence[Call], by: float) -> None:
         """Make launch calls, all at once, and record the answers as they come."""
@@ -322,9 +349,13 @@ class Launcher:
                 found.launched.append((call, future.result()))
             elif isinstance(error, Rejected):
                 found.rejected.append(_refused(call, plain(str(error))))
+            elif isinstance(error, _NoStorage):
+                found.rejected.append(_ended(call, Outcome.NO_CAPACITY, plain(str(error))))
             elif isinstance(error, Unavailable) and error.not_started:
                 after = error.retry_after.total_seconds() if error.retry_after else 5.0
-                after *= (1.0 + self._roll()) * 2 ** min(call.number - 1, 5)
+                after *= 1.0 + self._roll()
+                # All launches of the target wait as long: the slower bucket does the rest.
+                after = max(after, min(LONGEST_HOLD, after * 2 ** min(call.number - 1, 5)))
                 found.postponed[call.execution_id] = (call.number, after, plain(str(error)))
             else:
                 report_breach(error, _TooLate)
@@ -352,9 +383,14 @@ class Launcher:
             )
         )
         for call, launched in found:
-            if call.execution_id not in moved and self._store.record_stray(
-                place.target.name, launched, "its execution was given up before it was found"
+            if call.execution_id in moved:
+                continue
+            why = "its execution was given up before it was found"
+            if not place.backend.limits.relaunch_safe and self._claims.takes_over(
+                place, launched, why
             ):
+                continue
+            if self._store.record_stray(place.target.name, launched, why):
                 log.warning("stray", target=place.target.name, handle=launched.handle)
 
     def look(self, place: Place, row: ExecutionRow) -> None:
@@ -476,16 +512,25 @@ class _Answers:
     """Why the target seems to be down."""
 
 
+class _NoStorage(Exception):
+    """The input document cannot be written now; nothing was called, and other jobs may be."""
+
+
 class _TooLate(Exception):
     """A launch was not called because `call_by` had passed."""
 
 
 def _refused(call: Call, reason: str) -> Ending:
     """Say that a launch was refused, and with it every task of it."""
+    return _ended(call, Outcome.REJECTED, reason)
+
+
+def _ended(call: Call, outcome: Outcome, reason: str) -> Ending:
+    """Say that a launch started nothing, and how each task of it ended so."""
     tasks = range(len(call.request.tasks))
     return Ending(
         call.execution_id,
-        tuple(TaskReport(index, Outcome.REJECTED, reason=reason) for index in tasks),
+        tuple(TaskReport(index, outcome, reason=reason) for index in tasks),
         final=True,
         reason=reason,
         call=call.number,
@@ -509,7 +554,7 @@ def _with_storage(place: Place, request: LaunchRequest) -> LaunchRequest:
 
     Raises:
         Rejected: it needs one, and no storage is configured; or the storage refuses it for ever.
-        Unavailable: the storage does not answer; nothing was called.
+        _NoStorage: the storage does not answer; nothing was called.
     """
     storage = place.storage
     uri = None
@@ -545,7 +590,7 @@ def _write_document(storage: Storage, request: LaunchRequest, text: bytes) -> st
         if getattr(request.options, "signed_urls", False):
             return storage.sign(path, method="GET", expires=SIGNED_FOR)
     except Unreachable as error:
-        raise Unavailable(f"the storage does not answer: {error}", not_started=True) from error
+        raise _NoStorage(f"the storage does not answer: {error}") from error
     except DispatcherError as error:
         raise Rejected(f"the input document cannot be written: {error}") from error
     return storage.uri(path)

@@ -135,13 +135,19 @@ class Ending:
     call: int | None = None
     """The number of the launch call that it is about; None where it is about what runs."""
 
+    handle: str | None = None
+    """The handle that it is about, where it is about what runs."""
+
     def holds(self, row: ExecutionRow) -> bool:
         """Say if it still tells of this row.
 
         What is known of a launch call is no news of the execution once another call was begun, or
-        once somebody has found what the call started.
+        once somebody has found what the call started. What is known of one handle is no news once
+        another one, which has the claim, is followed.
         """
-        return self.call is None or (self.call == row.calls and row.handle is None)
+        if self.call is not None:
+            return self.call == row.calls and row.handle is None
+        return self.handle is None or self.handle == row.handle
 
 
 def plain(words: str) -> str:

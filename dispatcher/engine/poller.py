@@ -111,7 +111,7 @@ class Poller:
         for one in page:
             report = reports.get(one.handle)
             if report is None:
-                place.watch.seen(one, now)
+                place.watch.untold(one, now)
             elif report.phase is Phase.ABSENT:
                 self._read_absent(place, one, now, notes)
             elif not self._follow_winner(place, one, report, now):
@@ -119,7 +119,7 @@ class Poller:
 
     def _follow_winner(self, place: Place, one: Watched, report: Report, now: float) -> bool:
         """Turn from an execution whose claim another one has to that one; whether it was so."""
-        if not self._claims.lost(place, report):
+        if not self._claims.may_be_double(place, report, one.calls, one.settled):
             return False
         try:
             followed = self._claims.follow(place, one.id, one.handle)
@@ -151,7 +151,7 @@ class Poller:
             place.watch.seen(one, now, None if more_in is None else more_in.total_seconds())
             one.settled.update(task.index for task in ended)
         if ended or final:
-            notes.endings.append(Ending(one.id, ended, final))
+            notes.endings.append(Ending(one.id, ended, final, handle=one.handle))
             notes.tasks += len(ended) or 1
 
     def _read_absent(self, place: Place, one: Watched, now: float, notes: _Notes) -> None:
@@ -174,7 +174,10 @@ class Poller:
             return
         place.watch.forget(one.id)
         reason = "the provider no longer knows it"
-        notes.endings.append(Ending(one.id, final=True, rest=(Outcome.LOST, reason), reason=reason))
+        rest = (Outcome.LOST, reason)
+        notes.endings.append(
+            Ending(one.id, final=True, rest=rest, reason=reason, handle=one.handle)
+        )
         notes.tasks += one.tasks
 
     def _apply(self, place: Place, notes: _Notes) -> None:

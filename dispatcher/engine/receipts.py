@@ -28,7 +28,7 @@ from dispatcher.storage import Storage, TooLarge, read_object
 from dispatcher.store import Store
 from dispatcher.store.rows import OpenTask
 
-__all__ = ["Found", "Listed", "ReceiptReader", "Told"]
+__all__ = ["Found", "Listed", "ReceiptReader", "TaskPlace", "Told"]
 
 log = structlog.get_logger(__name__)
 
@@ -45,8 +45,14 @@ _parsing: Final = Lock()
 """Parsed one at a time, as the interpreter does it anyway: 16 MiB of nonsense can take 400 MB until
 they are refused, and so 16 of them at once more than a worker has."""
 
-Found = Mapping[tuple[int, int], "Told"]
-"""What was found, by execution and task index; a task that wrote nothing is not in it."""
+ROUND_BYTES: Final = 32 << 20
+"""Bytes of receipts that are read in one round, about: as values they take several times that."""
+
+TaskPlace = tuple[int, int]
+"""An execution's id and a task index."""
+
+Found = Mapping[TaskPlace, "Told"]
+"""What was found; a task that wrote nothing is not in it."""
 
 
 Listed = dict[str, Collection[str]]
@@ -59,6 +65,9 @@ class Told:
 
     receipt: Receipt | None
     problem: str | None = None
+    size: int = 0
+    """Bytes of it."""
+
     foreign: bool = False
     """Whether that does not say that there is a receipt: it matters only where one is needed."""
 
@@ -77,10 +86,11 @@ class ReceiptReader:
 
     def read(
         self, place: Place, endings: Sequence[Ending], listed: Listed
-    ) -> tuple[Found, set[int]]:
+    ) -> tuple[Found, set[TaskPlace]]:
         """Read what the tasks of some endings wrote; `listed` keeps listings between calls.
 
-        Returns it, and the executions of which it cannot be said now: the storage does not answer.
+        Returns it, and the tasks of which it cannot be said now: the storage does not answer, or
+        what was read already is enough for one round.
         """
         ran = [one for one in endings if _may_have_written(one)]
         uris = {
@@ -134,37 +144,50 @@ class ReceiptReader:
         tasks: Sequence[OpenTask],
         uris: Mapping[tuple[int, int], str],
         listed: Listed,
-    ) -> tuple[Found, set[int]]:
-        found: dict[tuple[int, int], Told] = {}
-        unread: set[int] = set()
+    ) -> tuple[Found, set[TaskPlace]]:
+        """Read all at once, as far as there is room; the rest is left for the next look."""
+        found: dict[TaskPlace, Told] = {}
+        wanted: list[tuple[OpenTask, str | None, Collection[str] | None]] = []
+        unread: set[TaskPlace] = set()
         for group in _by_execution(tasks):
             try:
                 written = _written(storage, group, listed) if storage is not None else None
             except Unreachable as error:
                 log.warning("receipts cannot be listed now", key=group[0].key, why=str(error))
-                unread.add(group[0].execution_id)
+                unread.update(map(_place, group))
                 continue
             except DispatcherError as error:
                 log.warning("receipts cannot be listed", key=group[0].key, why=str(error))
                 problem = Told(None, f"it cannot be looked for: {error}", foreign=True)
-                found.update({(task.execution_id, task.task_index): problem for task in group})
+                found.update((_place(task), problem) for task in group)
                 continue
-            calls = [
-                (task, self._readers.submit(_read_one, storage, task, uri, written))
-                for task in group
-                if (uri := uris.get((task.execution_id, task.task_index))) is not None
-                or storage is not None
-            ]
-            for task, call in calls:
-                try:
-                    told = call.result()
-                except Unreachable as error:
-                    log.warning("a receipt cannot be read now", key=task.key, why=str(error))
-                    unread.add(task.execution_id)
-                else:
-                    if told is not None:
-                        found[task.execution_id, task.task_index] = told
+            wanted += [(task, uris.get(_place(task)), written) for task in group]
+        room = ROUND_BYTES
+        calls = [
+            (one[0], self._readers.submit(_read_one, storage, *one))
+            for one in wanted
+            if one[1] is not None or storage is not None
+        ]
+        for task, call in calls:
+            if room <= 0:
+                call.cancel()
+                unread.add(_place(task))
+                continue
+            try:
+                told = call.result()
+            except Unreachable as error:
+                log.warning("a receipt cannot be read now", key=task.key, why=str(error))
+                unread.add(_place(task))
+                room = 0  # the others would wait as long, each of them
+                continue
+            if told is not None:
+                room -= told.size
+                found[_place(task)] = told
         return found, unread
+
+
+def _place(task: OpenTask) -> TaskPlace:
+    return task.execution_id, task.task_index
 
 
 def _progress(storage: Storage, task: OpenTask) -> tuple[int, int] | None:
@@ -226,11 +249,11 @@ def _read_one(
         for one in _places(storage, task, uri, written):
             data = read_object(one, MAX_RECEIPT_BYTES)
             if data is not None:
-                return Told(_parse(data, expected, one))
+                return Told(_parse(data, expected, one), size=len(data))
     except InvalidReceipt as error:
         return Told(None, str(error), foreign=error.foreign)
     except TooLarge as error:
-        return Told(None, str(error))
+        return Told(None, str(error), foreign=True)
     except Unreachable:
         raise
     except DispatcherError as error:

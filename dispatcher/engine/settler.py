@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +19,7 @@ from dispatcher.backends.base import (
 )
 from dispatcher.engine.place import Ending, Place, plain
 from dispatcher.engine.plans import PlanCache
-from dispatcher.engine.receipts import Found, Listed, ReceiptReader
+from dispatcher.engine.receipts import Found, Listed, ReceiptReader, TaskPlace
 from dispatcher.errors import DispatcherError
 from dispatcher.items import join_items, split_items
 from dispatcher.judging import beyond, judge, verdict
@@ -46,6 +46,12 @@ SETTLE_TASKS: Final = 2_000
 SETTLE_RECEIPTS: Final = 500
 """The same where receipts are read: each may tell of many items."""
 
+STORAGE_PATIENCE: Final = 900.0
+"""Seconds for which an end waits for a storage that does not answer."""
+
+FREE_SPLITS: Final = 20
+"""Chunks of a batch that are split whatever comes of it; further ones need successes."""
+
 LOGGED_FAILURES: Final = 5
 """Log tails kept from one settle: enough to see why, within a provider's quota of log reads."""
 
@@ -59,12 +65,20 @@ class Settler:
     """Settles attempts, as soon as their tasks are known to have ended."""
 
     def __init__(
-        self, store: Store, plans: PlanCache, receipts: ReceiptReader, roll: Callable[[], float]
+        self,
+        store: Store,
+        plans: PlanCache,
+        receipts: ReceiptReader,
+        roll: Callable[[], float],
+        monotonic: Callable[[], float],
     ) -> None:
         self._store = store
         self._plans = plans
         self._receipts = receipts
         self._roll = roll
+        self._monotonic = monotonic
+        self._waited: dict[TaskPlace, float] = {}
+        """Since when the receipts of tasks are waited for."""
 
     def settle(self, place: Place, endings: Sequence[Ending]) -> set[int]:
         """Write outcomes, decide on retries, move chunks and, with the last one, the batch.
@@ -77,14 +91,31 @@ class Settler:
         listed: Listed = {}
         for part in _parts(endings, most):
             found, unread = self._receipts.read(place, part, listed)
-            left |= unread
-            ready = [one for one in part if one.execution_id not in left]
+            unread = self._still_waited_for(unread)
+            left |= {execution_id for execution_id, _ in unread}
+            ready = list(_without(part, unread))
             if ready:
                 failed, unsettled = self._settle_part(place, ready, found)
                 left |= unsettled
                 for one in failed[:LOGGED_FAILURES]:
                     self._keep_log(place, one)
         return left
+
+    def _still_waited_for(self, unread: set[TaskPlace]) -> set[TaskPlace]:
+        """Name the tasks whose receipts are waited for: a storage that stays away holds up nothing.
+
+        After that long the provider's word decides, and where a receipt is required, its lack.
+        """
+        now = self._monotonic()
+        for task in self._waited.keys() - unread:
+            if now - self._waited[task] > 2 * STORAGE_PATIENCE:
+                del self._waited[task]
+        for task in unread:
+            self._waited.setdefault(task, now)
+        given_up = {task for task in unread if now - self._waited[task] > STORAGE_PATIENCE}
+        if given_up:
+            log.error("receipts are given up: the storage does not answer", tasks=len(given_up))
+        return unread - given_up
 
     def _settle_part(
         self, place: Place, part: Sequence[Ending], found: Found
@@ -156,6 +187,7 @@ class Settler:
         bad = [c.attempt for c in closings if c.outcome is not Outcome.SUCCEEDED]
         tallies = self._store.tallies(tx, bad) if bad else {}
         rolls = {i: self._roll() for i in executions}
+        splitting: Counter[str] = Counter()
         moved = []
         for closing in closings:
             attempt, outcome = closing.attempt, closing.outcome
@@ -194,7 +226,13 @@ class Settler:
                 hold = plan.job.retry.pack_wait.total_seconds() if waits else None
                 delay = decision.delay.total_seconds()
                 moved.append(move(ChunkState.PENDING, reason, delay, hold))
-            elif policy.on_failure == "split" and left > 1 and _hides_the_fault(closing):
+            elif (
+                policy.on_failure == "split"
+                and left > 1
+                and _hides_the_fault(closing)
+                and self._may_split(tx, attempt.batch_id, splitting)
+            ):
+                splitting[attempt.batch_id] += 1
                 # Who reports item by item does them in their order: the first that was not
                 # reported is the one that was at work. If that was wrong, halves come next.
                 alone = closing.receipt is not None and attempt.depth % 2 == 0
@@ -202,6 +240,15 @@ class Settler:
             else:
                 moved.append(move(ChunkState.FAILED, reason, 0.0, None))
         return moved
+
+    def _may_split(self, tx: sa.Connection, batch_id: str, splitting: Counter[str]) -> bool:
+        """Say if another chunk of a batch may be split: while nothing succeeds, parts tell nothing.
+
+        A broken image would else be tried once for each item, and twice for each part.
+        """
+        split, succeeded = self._store.splits(tx, batch_id)
+        split += splitting[batch_id]
+        return split < FREE_SPLITS or succeeded >= split
 
     def _split(self, tx: sa.Connection, moved: Sequence[MovedChunk]) -> None:
         """Write the chunks in which the items of split ones go on."""
@@ -363,6 +410,18 @@ def _parts(endings: Sequence[Ending], most: int) -> Iterator[list[Ending]]:
                 part, tasks = [], 0
     if part:
         yield part
+
+
+def _without(part: Sequence[Ending], unread: Collection[TaskPlace]) -> Iterator[Ending]:
+    """Leave out the tasks whose receipts cannot be read now; their executions go on until then."""
+    waiting = {execution_id for execution_id, _ in unread}
+    for one in part:
+        if one.execution_id not in waiting:
+            yield one
+            continue
+        tasks = tuple(task for task in one.tasks if (one.execution_id, task.index) not in unread)
+        if tasks:
+            yield replace(one, tasks=tasks, final=False)
 
 
 def _pieces(ending: Ending, most: int) -> Iterator[Ending]:

@@ -11,7 +11,6 @@ import structlog
 
 from dispatcher.backends.base import (
     BackendError,
-    Launched,
     Rejected,
     Unavailable,
 )
@@ -128,12 +127,21 @@ class Sweeper:
         wanted = self._store.cancel_sent(
             {row.id: min(60.0, 2.0 * 2 ** min(row.cancel_calls, 6)) for row in rows}
         )
-        handles = [row.handle for row in rows if row.id in wanted and row.handle is not None]
-        failures = [
-            error
-            for future in [place.readers.submit(place.backend.cancel, h) for h in handles]
-            if (error := future.exception()) is not None
+        calls = [
+            (row.id, place.readers.submit(place.backend.cancel, row.handle))
+            for row in rows
+            if row.id in wanted and row.handle is not None
         ]
+        failures = []
+        refused = []
+        for execution_id, call in calls:
+            error = call.exception()
+            if error is not None:
+                failures.append(error)
+                if _is_throttled(error):
+                    refused.append(execution_id)
+        if refused:
+            self._store.cancel_unsent(refused)
         for error in failures:
             report_breach(error, Rejected)
         for error in failures:
@@ -197,28 +205,11 @@ class Sweeper:
         for found in running:
             state, handle = known.get(found.key, ("ended", None))
             if state == "ended" or (handle is not None and handle != found.handle):
-                if state != "ended" and handle is not None and self._won(place, found, handle):
-                    continue
                 reason = "it runs and no open execution owns it"
+                if self._claims.takes_over(place, found, reason):
+                    continue
                 if self._store.record_stray(target, found, reason):
                     log.warning("stray", target=target, handle=found.handle)
-
-    def _won(self, place: Place, found: Launched, handle: str) -> bool:
-        """Say if what looks like a stray is the one that does the work; then it is followed.
-
-        While that cannot be found out it is left alone.
-        """
-        try:
-            if self._claims.winner(place, found.key, handle) != found.handle:
-                return False
-        except DispatcherError as error:
-            log.warning("a claim cannot be read now", key=found.key, why=str(error))
-            return True
-        reason = f"the claim belongs to {found.handle}, and {handle} does nothing"
-        followed = self._store.follow_winner(found.key, handle, found.handle, reason)
-        if followed:
-            place.watch.forget_handle(handle)
-        return followed
 
     def clean(self, place: Place) -> int:
         """Remove what finished executions have left, there and in the storage; say how much."""

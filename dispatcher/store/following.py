@@ -149,6 +149,21 @@ class FollowStore(BaseStore):
             )
             return {row[0] for row in rows}
 
+    def cancel_unsent(self, ids: Sequence[int]) -> None:
+        """Take back that a cancel was sent, where each call so far was refused for now.
+
+        What ends meanwhile has ended by itself.
+        """
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.execution SET cancel_sent_at = NULL, cancel_calls = 0
+                WHERE id = ANY(:ids) AND state = 'launched' AND cancel_calls <= 1
+                """,
+                ids=sorted(ids),
+            )
+
     def due(self, target: str) -> dict[str, list[ExecutionRow]]:
         """Find the executions of a target that something is due for, by what it is."""
         with self.transaction() as tx:

@@ -346,6 +346,19 @@ class SettleStore(BaseStore):
             news=list(news),
         )
 
+    def splits(self, tx: sa.Connection, batch_id: str) -> tuple[int, int]:
+        """Count the chunks of a batch that were split, and those that succeeded."""
+        row = self.run(
+            tx,
+            """
+            SELECT count(*) FILTER (WHERE state = 'split')::int,
+                count(*) FILTER (WHERE state = 'succeeded')::int
+            FROM dispatcher.chunk WHERE batch_id = :id
+            """,
+            id=batch_id,
+        ).one()
+        return row[0], row[1]
+
     def standing_of(self, tx: sa.Connection, batch_ids: Iterable[str]) -> list[Standing]:
         """Count what locked batches have come to so far, those that nobody cancels."""
         return self._verdicts(tx, sorted(set(batch_ids)), uncancelled=True)

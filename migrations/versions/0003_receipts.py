@@ -140,11 +140,15 @@ def upgrade() -> None:
         attempt="the number of the one that told it",
         output="small ones; larger ones lie at output_uri",
     )
+    op.execute("UPDATE dispatcher.chunk SET items_ok = size WHERE state = 'succeeded'")
     op.execute("UPDATE dispatcher.installation SET oldest_code = greatest(oldest_code, 3)")
 
 
 def downgrade() -> None:
-    """Take back; refused by the constraints while rows use what is new."""
+    """Take back: what receipts told of items is lost.
+
+    Refused by the constraints while rows use what is new.
+    """
     _checks(OUTCOMES, CHUNK_STATES, FINAL_CHUNK, BATCH_CANCELS, EXECUTION_CANCELS)
     op.execute("DROP TABLE dispatcher.item_result")
     op.execute(

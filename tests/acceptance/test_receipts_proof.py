@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import pytest
 import yaml
@@ -30,6 +29,9 @@ from dispatcher.emulators.cloud_run import CloudRunEmulator, TaskEnd, TaskStart
 from dispatcher.errors import InvalidInput
 from dispatcher.storage import Storage
 from installation import ROOT, Site, until
+
+Spoil: TypeAlias = Callable[[dict[str, Any]], bytes]
+"""Makes something else of a receipt."""
 
 POISON: Final = frozenset({0, 199, 250, 251, 4_999, 7_777, 9_999})
 """At both ends, two in one chunk, and in the middle."""
@@ -108,12 +110,11 @@ def ended(batch: Batch, seconds: float = 100) -> Batch:
 # --- ten thousand items, seven that kill ----------------------------------------------------------
 
 
-class Remains:
-    """What a killed process leaves of a helper that ran in this one: its threads end."""
-
-    @staticmethod
-    def of(task: container.Task) -> None:
-        task._stop.set()
+def helped(start: TaskStart) -> container.Task:
+    """Give the helper of a task that runs in this process; what it writes is written when told."""
+    task = container.Task(start.environment)
+    task._start_writer = lambda: None  # type: ignore[method-assign]  # no thread outlives its task
+    return task
 
 
 def contain(start: TaskStart) -> TaskEnd:
@@ -122,9 +123,7 @@ def contain(start: TaskStart) -> TaskEnd:
         container.claim(start.environment)
     except SystemExit as lost:
         return TaskEnd(exit_code=int(str(lost.code)))
-    task = container.Task(start.environment)
-    task.flush()
-    task._start_writer = lambda: None  # type: ignore[method-assign]  # flushed below
+    task = helped(start)
     for item in task.items:
         if item in POISON:
             task.flush()
@@ -204,3 +203,292 @@ def test_ten_thousand_items_of_which_seven_kill_their_container_end_with_the_sev
     assert split == {chunk.parent for chunk in chunks if chunk.parent is not None}
     assert extra <= most
     print(f"{took:.1f} s, {extra} extra attempts of {most:.0f} allowed, {len(split)} splits")  # noqa: T201
+
+
+# --- receipts that nobody should believe ----------------------------------------------------------
+
+
+def whole(task: container.Task) -> dict[str, Any]:
+    """The receipt that would be right."""
+    for item in task.items:
+        task.report(item, ok=True, output={"of": item})
+    told: dict[str, Any] = json.loads(task._document(complete=True))
+    return told
+
+
+def changed(**fields: Any) -> Spoil:
+    return lambda told: json.dumps({**told, **fields}).encode()
+
+
+def entries(*positions: int) -> list[dict[str, Any]]:
+    return [{"i": position, "ok": True} for position in positions]
+
+
+BAD: Final[dict[str, tuple[Spoil, str]]] = {
+    "cut": (lambda told: json.dumps(told).encode()[:-30], "it is no JSON"),
+    "text": (lambda _: b"7 rows\n", "it is no JSON"),
+    "old": (changed(attempt=0), "its attempt is 0, and this is 1"),
+    "stolen": (changed(key="d-another"), "its key is 'd-another'"),
+    "moved": (changed(task=99), "its task is 99"),
+    "numbers": (changed(items=entries(1, 2)), "item 2 was not given: 0 to 1 were"),
+    "twice": (changed(items=entries(0, 0)), "it tells of one item twice"),
+    "nan": (
+        changed(items=[{**entries(0)[0], "output": math.nan}, *entries(1)]),
+        "the output of item 0 holds a number",
+    ),
+    "nonsense": (
+        lambda _: b'{"version":1,"complete":true,"items":[' + b"[]," * 2_000_000 + b"[]]}",
+        "it tells of 2000001 items; 2 were given",
+    ),
+    "enormous": (lambda _: b"{}", "104,857,600 bytes"),
+}
+GOOD: Final = ("doubled", "plain")
+
+
+def tell(task: container.Task) -> None:
+    """Write the receipt of a task as its items say: `cut 0` has it cut short."""
+    name = task.items[0].split()[0]
+    told = whole(task)
+    if name in BAD:
+        place = Path(str(task.result_uri).removeprefix("file://"))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(BAD[name][0](told))
+        if name == "enormous":
+            with place.open("r+b") as file:
+                file.truncate(100 << 20)
+        return
+    task.close()
+    if name == "doubled":  # another container of the same task, which says something else
+        for item in task.items:
+            task.report(item, ok=False, error="late")
+        task._written_last = None
+        task.close()
+
+
+def memory(pid: int) -> int:
+    """The most megabytes that a process ever had."""
+    (line,) = [
+        line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmHWM" in line
+    ]
+    return int(line.split()[1]) // 1024
+
+
+def test_a_bad_receipt_costs_its_own_chunk_and_no_worker(site: Site) -> None:
+    names = [*BAD, *GOOD]
+
+    def script(start: TaskStart) -> TaskEnd:
+        tell(helped(start))
+        return TaskEnd()
+
+    job = {
+        "chunk": {"size": 2},
+        "receipt": "required",
+        "retry": {"attempts": 1, "infrastructure_attempts": 1},
+        "options": {"job": "etl", "max_tasks": len(names)},
+    }
+    with CloudRunEmulator(script=script) as emulator, site.dispatcher() as dispatcher:
+        emulator.world.define("project-1", "europe-west1", "etl")
+        install(site, {**CLOUD, "endpoint": emulator.grpc_address}, job)
+        worker = site.worker()
+        before = memory(worker.pid)
+        batch = ended(dispatcher.enqueue("work", [f"{name} {n}" for name in names for n in (0, 1)]))
+        chunks = {names[chunk.index]: chunk for chunk in dispatcher.chunks(batch.id)}
+        outputs = {one.item: one.value for one in dispatcher.outputs(batch.id)}
+        assert len(emulator.world.executed) == 1
+    for name, (_, why) in BAD.items():
+        (attempt,) = chunks[name].attempts
+        assert (chunks[name].state, attempt.outcome) == ("failed", "suspect"), name
+        assert "its receipt cannot be used: " in str(attempt.reason)
+        assert why in str(attempt.reason)
+    assert {str(chunks[name].state) for name in GOOD} == {"succeeded"}
+    assert outputs == {f"{name} {n}": {"of": f"{name} {n}"} for name in GOOD for n in (0, 1)}
+    assert worker.poll() is None
+    assert "cannot be settled" not in site.logs()
+    grown = memory(worker.pid) - before
+    assert grown < 300
+    print(f"the worker grew by {grown} MB")  # noqa: T201 - a figure of the proof
+
+
+# --- told to stop ---------------------------------------------------------------------------------
+
+
+def test_a_cancel_in_mid_chunk_keeps_the_finished_items_and_a_retry_runs_the_others(
+    site: Site,
+) -> None:
+    program = f"""
+import pathlib, time
+import container
+
+here = pathlib.Path({str(site.folder)!r})
+with container.run() as task:
+    with (here / "given").open("a") as file:
+        print(task.items, file=file)
+    for item in task.items:
+        if item == 3 and not (here / "go on").exists():
+            (here / "reached").touch()
+            time.sleep(600)
+        task.report(item, ok=True, output=item)
+"""
+    target = {"backend": "local", "spool": str(site.folder / "spool")}
+    install(site, target, {"command": image(site, program), "chunk": {"size": 6}})
+    site.worker()
+    with site.dispatcher() as dispatcher:
+        batch = dispatcher.enqueue("work", range(6))
+        until((site.folder / "reached").exists, "it is at its fourth item")
+        assert command(site, "cancel", batch.id)[0] == 0
+        assert ended(batch).state == "cancelled"
+        stopped = {one.item: str(one.state) for one in dispatcher.items(batch.id)}
+        (attempt,) = next(dispatcher.chunks(batch.id)).attempts
+        (site.folder / "go on").touch()
+        assert command(site, "retry", "--failed", batch.id)[0] == 0
+        assert ended(batch).state == "succeeded"
+        outputs = [one.value for one in dispatcher.outputs(batch.id)]
+    assert stopped == {
+        **dict.fromkeys(range(3), "succeeded"),
+        **dict.fromkeys((3, 4, 5), "cancelled"),
+    }
+    assert attempt.outcome == "cancelled"
+    assert outputs == list(range(6))
+    given = (site.folder / "given").read_text().splitlines()
+    assert given == ["[0, 1, 2, 3, 4, 5]", "[3, 4, 5]"]
+
+
+# --- a storage that cannot be used ----------------------------------------------------------------
+
+
+class _Skewed(BaseHTTPRequestHandler):
+    """An S3 that finds its clients' clocks wrong, in the words of S3's documentation."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        """The test's output is not the place."""
+
+    def do_GET(self) -> None:
+        data = (
+            b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference between the request "
+            b"time and the current time is too large.</Message></Error>"
+        )
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def skewed() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Skewed) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def checked(site: Site, name: str) -> tuple[int, str, str]:
+    """What `check` says of one thing: its exit code, the level, and the text with what to do."""
+    code, shown = command(site, "--json", "check")
+    (found,) = [one for one in json.loads(shown)["checks"] if one["name"] == name]
+    return code, found["level"], f"{found['text']}; {found['todo']}"
+
+
+class TestACheck:
+    @pytest.fixture(autouse=True)
+    def _jobs(self, site: Site) -> None:
+        install(site, {"backend": "local", "spool": "SPOOL"}, {"command": ["true"]})
+
+    def test_finds_a_storage_that_works(self, site: Site) -> None:
+        _, level, said = checked(site, "storage")
+        assert level == "ok"
+        assert "can be written, create-only, and read" in said
+
+    @pytest.mark.parametrize("url", ["/var/data", "ftp://host/x", "s3:///x", "file://relative/x"])
+    def test_refuses_a_url_that_is_no_storage(self, site: Site, url: str) -> None:
+        site.environment["DISPATCHER_STORAGE_URL"] = url
+        code, level, said = checked(site, "settings")
+        assert (code, level) == (1, "fail")
+        assert "DISPATCHER_STORAGE_URL" in said
+        assert (
+            "must be a URL such as file:///absolute/path, s3://bucket/path or gs://bucket" in said
+        )
+
+    def test_finds_a_directory_that_cannot_be_one(self, site: Site) -> None:
+        (site.folder / "file").touch()
+        site.environment["DISPATCHER_STORAGE_URL"] = (site.folder / "file" / "x").as_uri()
+        code, level, said = checked(site, "storage")
+        assert (code, level) == (1, "fail")
+        assert "mend DISPATCHER_STORAGE_URL, or what the credentials of this machine may do" in said
+
+    def test_finds_that_a_bucket_is_missing(self, site: Site) -> None:
+        with serve_gcs() as gcs:
+            site.environment |= {
+                "GOOGLE_SERVICE_ACCOUNT_KEY": gcs.account(),
+                "GOOGLE_ALLOW_HTTP": "true",
+                "DISPATCHER_STORAGE_URL": "gs://no-such/x",
+            }
+            code, level, said = checked(site, "storage")
+        assert (code, level) == (1, "fail")
+        assert "there is no such bucket; make it, or mend the storage URL" in said
+
+    def test_finds_that_nobody_answers(self, site: Site) -> None:
+        with serve_gcs() as gcs:
+            account = gcs.account()
+        site.environment |= {
+            "GOOGLE_SERVICE_ACCOUNT_KEY": account,
+            "GOOGLE_ALLOW_HTTP": "true",
+            "DISPATCHER_STORAGE_URL": "gs://bucket/x",
+        }
+        code, level, said = checked(site, "storage")
+        assert (code, level) == (4, "fail")
+        assert "cannot read gs://bucket/x/checks/" in said
+
+    def test_gives_the_words_of_a_storage_that_finds_this_clock_wrong(
+        self, site: Site, skewed: str
+    ) -> None:
+        site.environment |= {
+            "AWS_ENDPOINT_URL": skewed,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "anyone",
+            "AWS_SECRET_ACCESS_KEY": "anything",
+            "AWS_REGION": "us-east-1",
+            "DISPATCHER_STORAGE_URL": "s3://bucket/x",
+        }
+        code, level, said = checked(site, "storage")
+        assert (code, level) == (1, "fail")
+        assert "RequestTimeTooSkewed: The difference between the request time and" in said
+
+    def test_finds_a_job_whose_receipts_would_have_no_place(self, site: Site) -> None:
+        site.environment["DISPATCHER_STORAGE_URL"] = ""
+        with CloudRunEmulator() as emulator:
+            emulator.world.define("project-1", "europe-west1", "etl")
+            target = {**CLOUD, "endpoint": emulator.grpc_address}
+            install(site, target, {"receipt": "required", "options": {"job": "etl"}})
+            site.environment["DISPATCHER_STORAGE_URL"] = ""
+            code, shown = command(site, "--json", "check")
+        found = {
+            one["level"]: one for one in json.loads(shown)["checks"] if one["name"] == "job work"
+        }
+        assert code == 1
+        assert found["fail"]["text"] == (
+            "requires receipts, and tasks on target here have nowhere to write them"
+        )
+        assert "set DISPATCHER_STORAGE_URL" in found["fail"]["todo"]
+
+
+def test_required_receipts_are_refused_where_the_workers_have_no_storage_for_them(
+    site: Site,
+) -> None:
+    with CloudRunEmulator() as emulator, site.dispatcher() as dispatcher:
+        emulator.world.define("project-1", "europe-west1", "etl")
+        target = {**CLOUD, "endpoint": emulator.grpc_address}
+        install(site, target, {"receipt": "required", "options": {"job": "etl"}})
+        del site.environment["DISPATCHER_STORAGE_URL"]
+        # Nobody knows yet what the workers have: it is refused when they plan it.
+        early = dispatcher.enqueue("work", [1])
+        site.worker()
+        assert ended(early).state == "failed"
+        assert "requires receipts" in str(early.refresh().reason)
+        assert "set DISPATCHER_STORAGE_URL for the workers" in str(early.refresh().reason)
+        with pytest.raises(InvalidInput, match="have no storage for them: set DISPATCHER_STORAGE"):
+            dispatcher.enqueue("work", [1])
+        assert emulator.calls["Jobs.RunJob"] == 0

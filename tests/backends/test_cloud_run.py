@@ -205,7 +205,7 @@ def test_one_small_task_gets_its_items_in_a_variable() -> None:
         "DISPATCH_JOB": "etl",
         "DISPATCH_TASK_COUNT": "1",
         "DISPATCH_ATTEMPT": "2",
-        "DISPATCH_CHUNK_INDEX": "10",
+        "DISPATCH_CHUNK": "10",
         "DISPATCH_RESULT_URI": "gs://b/r/",
         "DISPATCH_ITEMS": "[1]",
     }

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -25,24 +25,29 @@ import sqlalchemy as sa
 from google.cloud import run_v2
 from google.cloud.run_v2.services.executions.transports import ExecutionsGrpcTransport
 from google.cloud.run_v2.services.jobs.transports import JobsGrpcTransport
+from lifecycle import assert_invariants
 from typer.testing import CliRunner
 
 from dispatcher import schema
-from dispatcher.backends.base import Unavailable
 from dispatcher.backends.cloud_run import CloudRunBackend
 from dispatcher.cli import app
 from dispatcher.client import Batch, Dispatcher
 from dispatcher.config import load_config
-from dispatcher.emulators.cloud_run import CloudRunEmulator, Code, EmulatorOptions
-from dispatcher.emulators.cloud_run import ScriptRunner, TaskEnd, TaskStart, World
-from dispatcher.emulators.cloud_run.faults import outage, refuse, slow_cancel
+from dispatcher.emulators.cloud_run import (
+    CloudRunEmulator,
+    EmulatorOptions,
+    ScriptRunner,
+    TaskEnd,
+    TaskStart,
+    World,
+)
+from dispatcher.emulators.cloud_run.faults import outage, slow_cancel
 from dispatcher.engine import Engine
 from dispatcher.engine.metering import TargetMeter
 from dispatcher.explaining import explain
 from dispatcher.queries import Chunk
 from dispatcher.storage import Storage
 from dispatcher.store import Store
-from lifecycle import assert_invariants
 
 JOB: Final = "projects/project-1/locations/europe-west1/jobs/etl"
 NOW: Final = "public.site_now()"
@@ -258,8 +263,8 @@ def attempts_of(chunk: Chunk) -> list[str | None]:
 
 def chunk_of(start: TaskStart) -> tuple[int, int]:
     """Which chunk a task works on, and the number of the attempt, by what its container is told."""
-    if "DISPATCH_CHUNK_INDEX" in start.env:
-        return int(start.env["DISPATCH_CHUNK_INDEX"]), int(start.env["DISPATCH_ATTEMPT"])
+    if "DISPATCH_CHUNK" in start.env:
+        return int(start.env["DISPATCH_CHUNK"]), int(start.env["DISPATCH_ATTEMPT"])
     text = start.env.get("DISPATCH_INPUT") or read_document(start.env["DISPATCH_INPUT_URI"])
     line = lines_of(text)[start.index]
     return line["chunk"], line["attempt"]
@@ -433,7 +438,7 @@ def test_cancelled_in_the_console_and_late_by_our_deadline_are_two_things(
     batch = cloud.dispatcher.enqueue("etl", range(2))
     cloud.turn()
     cloud.turn(10)
-    (console,) = (e.name for e in cloud.world.executed if e.env["DISPATCH_CHUNK_INDEX"] == "0")
+    (console,) = (e.name for e in cloud.world.executed if e.env["DISPATCH_CHUNK"] == "0")
     cloud.client().executions.cancel_execution(name=console)
     ended = cloud.finish(batch, step=5, within=900)
     assert cloud.outcomes(batch) == [["cancelled"], ["timed_out", "succeeded"]]

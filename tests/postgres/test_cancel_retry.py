@@ -476,3 +476,27 @@ def test_an_unknown_launch_of_a_job_that_no_longer_fits_still_comes_to_an_end(
     bench.advance(2)
     other.follow(HERE)
     assert bench.executions() == ["ended", "ended"]
+
+
+def test_a_cancel_that_the_provider_refused_for_now_has_ended_nothing(bench: Bench) -> None:
+    bench.script(LONG)
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.dispatcher.cancel(batch.id)
+    sent = "SELECT cancel_sent_at IS NOT NULL FROM dispatcher.execution"
+    bench.world.fail_next("cancel", Fault.THROTTLED)
+    bench.turn(1)
+    assert (bench.world.calls["cancel"], bench.sql(sent)) == (1, [False])
+    bench.turn(3)
+    assert (bench.world.calls["cancel"], bench.sql(sent)) == (2, [True])
+
+
+def test_what_could_not_be_told_of_was_not_looked_at(bench: Bench) -> None:
+    bench.script(LONG)
+    bench.enqueue([1])
+    bench.turn()
+    watch = bench.engine.places[HERE].watch
+    (one,) = watch._known.values()
+    watch.untold(one, bench.monotonic())
+    assert one.looked is None
+    assert watch.fresh([one.id], bench.monotonic()) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from workbench import HERE, Bench, job
 
+from dispatcher.backends.base import Launched
 from dispatcher.client import Batch
 from dispatcher.errors import Unreachable
 from dispatcher.states import Outcome
@@ -137,3 +138,59 @@ def test_where_a_key_cannot_be_launched_twice_nothing_is_claimed(
     bench.turn()
     (request,) = bench.world.requests()
     assert request.claim_uri is None
+
+
+def test_a_report_of_the_double_that_comes_after_the_turn_settles_nothing(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, batch, key, first, second = doubled(make_bench, storage)
+    other = bench.worker("worker-2")
+    other.follow(HERE)  # it watches the second one too
+    storage.create(f"claims/{key}", first.encode())
+    bench.engine.sweep_strays(HERE)
+    assert bench.sql("SELECT handle FROM dispatcher.execution WHERE NOT stray") == [first]
+    end(bench, second, Outcome.FAILED, 94)
+    bench.advance(31)
+    other.follow(HERE)
+    assert batch.refresh().state == "running"
+    assert bench.sql("SELECT state FROM dispatcher.execution WHERE NOT stray") == ["launched"]
+
+
+def test_a_double_that_ends_in_another_way_is_no_outcome_either(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, batch, key, first, second = doubled(make_bench, storage)
+    storage.create(f"claims/{key}", first.encode())
+    end(bench, second, Outcome.FAILED, 75)
+    bench.turn(31)
+    assert bench.sql("SELECT handle FROM dispatcher.execution") == [first]
+    assert batch.refresh().state == "running"
+    assert len(bench.world.requests()) == 2
+
+
+@pytest.mark.parametrize("rubbish", [b"x\0y", b"../..", b"", b"two words", b"x" * 100_000])
+def test_rubbish_in_a_claim_is_no_claim_and_holds_up_nothing(
+    make_bench: MakeBench, storage: Flaky, rubbish: bytes
+) -> None:
+    bench, batch, key, _, second = doubled(make_bench, storage)
+    storage.create(f"claims/{key}", rubbish)
+    end(bench, second, Outcome.FAILED, 94)
+    healthy = bench.enqueue([1], "work")
+    bench.script(seconds=0)
+    assert bench.finish(batch).state == "failed"
+    assert healthy.refresh().state in ("running", "succeeded")
+
+
+def test_a_late_answer_that_names_the_winner_is_followed_and_not_stopped(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, _, key, first, second = doubled(make_bench, storage)
+    storage.create(f"claims/{key}", first.encode())
+    place = bench.engine.places[HERE]
+    (row,) = bench.store.executions(bench.store.live_ids(HERE))
+    call = bench.engine._launcher._call_of(place, row)
+    assert call is not None
+    bench.engine._launcher._adopt(place, [(call, Launched(handle=first, key=key))], reason=None)
+    assert bench.sql("SELECT handle FROM dispatcher.execution WHERE NOT stray") == [first]
+    assert bench.sql("SELECT handle FROM dispatcher.execution WHERE stray") == []
+    assert second in bench.world._executions

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from workbench import HERE, Bench, job
 
+from dispatcher import requests
 from dispatcher.backends.base import Definition, LaunchRequest, Rejected, Unavailable
+from dispatcher.engine import launcher
 from dispatcher.errors import Unreachable
 from dispatcher.explaining import explain
 from dispatcher.states import Outcome
@@ -138,8 +140,23 @@ def test_a_storage_that_does_not_answer_postpones_the_launch_and_costs_nothing(
     batch = bench.enqueue(["a", "b", "c"])
     bench.until(lambda: batch.refresh().finished, "the batch ended", step=5)
     assert batch.refresh().state == "succeeded"
-    assert [len(chunk.attempts) for chunk in bench.dispatcher.chunks(batch.id)] == [1, 1, 1]
+    for chunk in bench.dispatcher.chunks(batch.id):
+        told = [attempt.outcome for attempt in chunk.attempts]
+        assert told == ["no_capacity", "no_capacity", "succeeded"], "of no budget"
     assert len(bench.world.requests()) == 1
+
+
+def test_a_storage_that_does_not_answer_holds_up_no_job_without_a_document(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    storage = FailingStorage(f"file://{tmp_path}/store")
+    storage.failures = [Unreachable("timed out")] * 100
+    packed = job("packed", options={"max_tasks": 3})
+    bench = make_bench(packed, job("small"), settings=SHARED, storage=storage)
+    waiting = bench.enqueue(["a", "b", "c"], "packed")
+    small = bench.enqueue([1], "small")
+    bench.finish(small)
+    assert waiting.refresh().state == "running"
 
 
 def test_a_storage_that_refuses_rejects_the_launch_in_its_words(
@@ -285,6 +302,55 @@ def test_a_definition_that_is_not_there_leaves_the_refusal_to_the_launch(
     bench.enqueue([1])
     bench.turn()
     assert bench.world.calls["launch"] == 1
+
+
+def test_what_a_definition_was_goes_on_to_count_while_it_cannot_be_read(
+    make_bench: MakeBench,
+) -> None:
+    one = job(options={"max_tasks": 6, "parallelism": 6})
+    bench = make_bench(one, settings={"parallelism": 2})
+    bench.enqueue([1])
+    bench.turn()
+    place = bench.engine.places[HERE]
+    errors = [RuntimeError("met another transaction"), Rejected("not now")]
+    place.definitions._backend = _Asked([], *errors)  # type: ignore[assignment]  # as above
+    bench.advance(301)
+    for _ in range(2):
+        bench.enqueue(range(6))
+        bench.turn(1)
+    rows = bench.sql("SELECT parallelism FROM dispatcher.execution WHERE tasks = 6")
+    assert rows == [2, 2]
+
+
+def test_a_pack_is_written_once_for_all_its_tasks(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered: list[str] = []
+    original = requests.render
+
+    def counting(text: str, values: Any) -> str:
+        rendered.append(text)
+        return original(text, values)
+
+    monkeypatch.setattr(requests, "render", counting)
+    one = job(env={"IDS": "{pack:csv}"}, options={"max_tasks": 50, "parallelism": 50})
+    bench = make_bench(one, settings={"per_task_env": False})
+    bench.enqueue(range(50))
+    bench.plan()
+    rendered.clear()
+    bench.launch()
+    assert rendered == ["{pack:csv}"]
+
+
+def test_a_document_that_is_too_large_is_cut_into_several_executions(
+    make_bench: MakeBench, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "DOCUMENT_BYTES", 2000)
+    wrapped = job(args=["{items:json}", "{items:json}"], options={"max_tasks": 8, "wrapped": True})
+    bench = make_bench(wrapped, settings=SHARED, storage=storage)
+    bench.enqueue(["x" * 200] * 8)
+    bench.turn()
+    assert [len(lines(request)) for request in bench.world.requests()] == [2, 2, 2, 2]
 
 
 def test_the_request_says_when_it_was_meant(make_bench: MakeBench) -> None:

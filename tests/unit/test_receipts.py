@@ -66,6 +66,15 @@ def written(*items: Any, complete: bool = False, **fields: Any) -> bytes:
     return json.dumps(told).encode()
 
 
+def refusal(data: bytes) -> str | None:
+    """Why something is no receipt; None if it is one. Nothing else may come of it."""
+    try:
+        read_receipt(data, EXPECTED)
+    except InvalidReceipt as error:
+        return str(error)
+    return None
+
+
 def output_of(value: Any) -> Any:
     """What Postgres is given of an output."""
     (item,) = read_receipt(written(entry(output=value)), EXPECTED).items
@@ -81,11 +90,8 @@ class TestReading:
     @example(b'{"a":' * 100_000)
     @example('{"version": 1, "complete": true, "items": []}'.encode("utf-16"))
     def test_any_bytes_are_a_receipt_or_refused(self, data: bytes) -> None:
-        try:
-            read_receipt(data, EXPECTED)
-        except InvalidReceipt as error:
-            assert str(error)
-            assert len(str(error)) < 400, "what stands in it does not fill the audit"
+        why = refusal(data)
+        assert why is None or 0 < len(why) < 400, "what stands in it does not fill the audit"
 
     @given(documents | json_values)
     def test_what_is_read_can_be_kept_and_tells_of_given_items_only(self, told: Any) -> None:
@@ -125,11 +131,8 @@ class TestReading:
         if name in NAMES:
             told = {"version": 1, "complete": False, "items": [], name: "DEEP"}
         else:
-            told = {"version": 1, "complete": False, "items": [entry(**{name: "DEEP"})]}
-        try:
-            read_receipt(json.dumps(told).replace('"DEEP"', deep).encode(), EXPECTED)
-        except InvalidReceipt as error:
-            assert str(error)
+            told = {"version": 1, "complete": False, "items": [{**entry(), name: "DEEP"}]}
+        assert refusal(json.dumps(told).replace('"DEEP"', deep).encode()) != ""
 
     @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
     def test_an_output_that_no_database_takes_is_refused(self, number: str) -> None:
@@ -150,9 +153,7 @@ class TestReading:
 
     def test_progress_is_of_two_counts_or_none(self) -> None:
         def progress(done: Any, total: Any) -> tuple[int, int] | None:
-            return read_receipt(
-                written(progress={"done": done, "total": total}), EXPECTED
-            ).progress
+            return read_receipt(written(progress={"done": done, "total": total}), EXPECTED).progress
 
         assert progress(3, 10) == (3, 10)
         for wrong in ((-1, 10), (3, "10"), (True, 10), (3, 2**63), (3.0, 10)):

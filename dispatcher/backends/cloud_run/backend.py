@@ -223,7 +223,11 @@ class CloudRunBackend:
             log.info("the job of this key exists already", job=name)
         except CLIENT_ERRORS as error:
             raise at_launch(error, f"cannot create the job {name}") from error
-        launched = self._find_strict(request, clients, self._left(began))
+        try:
+            launched = self._find_strict(request, clients, self._left(began))
+        except Unavailable as error:
+            # The job is there, and with it its execution: this leaves open what was started.
+            raise Unavailable(str(error)) from error
         if launched is None:
             raise Unavailable(f"the job {name} has no execution yet: it is looked for by its name")
         return launched

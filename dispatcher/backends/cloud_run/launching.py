@@ -68,7 +68,7 @@ def env_of(request: LaunchRequest, limits: BackendLimits) -> dict[str, str]:
     }
     if len(request.tasks) == 1:
         env["DISPATCH_ATTEMPT"] = str(first.attempt)
-        env["DISPATCH_CHUNK_INDEX"] = str(first.chunk_index)
+        env["DISPATCH_CHUNK"] = str(first.chunk_index)
     if request.result_uri is not None:
         env["DISPATCH_RESULT_URI"] = request.result_uri
     if request.claim_uri is not None:
