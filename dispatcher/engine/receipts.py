@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Final
 
@@ -193,9 +194,10 @@ def _place(task: OpenTask) -> TaskPlace:
 def _progress(storage: Storage, task: OpenTask) -> tuple[int, int] | None:
     """Read how far a running task says it is; None if it does not, or cannot be read now."""
     expected = Expected(task.key, task.task_index, task.number, task.items)
-    uri = storage.uri(f"results/{task.batch_id}/{task.key}/{progress_name(task.task_index)}")
+    path = f"results/{task.batch_id}/{task.key}/{progress_name(task.task_index)}"
+    uri = storage.uri(path)
     try:
-        data = read_object(uri, MAX_RECEIPT_BYTES)
+        data = storage.read(path, MAX_RECEIPT_BYTES)
         found = None if data is None else _parse(data, expected, uri)
     except (InvalidReceipt, DispatcherError) as error:
         log.info("no progress", key=task.key, task=task.task_index, why=str(error))
@@ -246,10 +248,10 @@ def _read_one(
     """
     expected = Expected(task.key, task.task_index, task.number, task.items)
     try:
-        for one in _places(storage, task, uri, written):
-            data = read_object(one, MAX_RECEIPT_BYTES)
+        for place, read in _places(storage, task, uri, written):
+            data = read(MAX_RECEIPT_BYTES)
             if data is not None:
-                return Told(_parse(data, expected, one), size=len(data))
+                return Told(_parse(data, expected, place), size=len(data))
     except InvalidReceipt as error:
         return Told(None, str(error), foreign=error.foreign)
     except TooLarge as error:
@@ -268,12 +270,13 @@ def _parse(data: bytes, expected: Expected, uri: str) -> Receipt:
 
 def _places(
     storage: Storage | None, task: OpenTask, uri: str | None, written: Collection[str] | None
-) -> Iterator[str]:
-    """Name where a receipt may lie, the complete one first."""
+) -> Iterator[tuple[str, Callable[[int], bytes | None]]]:
+    """Name where a receipt may lie and how it is read there, the complete one first."""
     if uri is not None:
-        yield uri
-        yield uri.removesuffix(".json") + PROGRESS
+        for own in (uri, uri.removesuffix(".json") + PROGRESS):
+            yield own, partial(read_object, own)
     if storage is not None:
         for name in (receipt_name(task.task_index), progress_name(task.task_index)):
             if written is None or name in written:
-                yield storage.uri(f"results/{task.batch_id}/{task.key}/{name}")
+                path = f"results/{task.batch_id}/{task.key}/{name}"
+                yield storage.uri(path), partial(storage.read, path)
