@@ -65,7 +65,9 @@ class Definitions:
         for key, plan in wanted.items():
             try:
                 found = self._backend.definition(plan.options)
-            except Unavailable:
+            except Unavailable as error:
+                with self._lock:
+                    self._pause(error)
                 raise
             except Rejected as error:
                 log.warning("definition cannot be read", job=plan.job.name, why=str(error))
@@ -80,4 +82,14 @@ class Definitions:
             with self._lock:
                 self._known[key] = (found, self._monotonic())
                 self._wanted.pop(key, None)
+                self._failures = 0
         return read
+
+    def _pause(self, error: Unavailable) -> None:
+        """Ask again later, and the later the longer nobody answers."""
+        if error.not_started:  # it does answer, or was not asked: the budget was used up
+            seconds = error.retry_after.total_seconds() if error.retry_after else 1.0
+        else:
+            self._failures = min(self._failures + 1, 10)
+            seconds = 2.0**self._failures
+        self._not_before = self._monotonic() + min(LONGEST_PAUSE, seconds)
