@@ -491,7 +491,8 @@ class Task:
         least = (
             FILE_SECONDS if (self.progress_uri or "").startswith("file://") else PROGRESS_SECONDS
         )
-        pause = least
+        # In a later attempt something is wrong, and where is worth a few writes more.
+        pause = FILE_SECONDS if self.attempt > 1 else least
         complained = False
         while not self._stop.wait(pause):
             if not self._dirty:
@@ -505,7 +506,7 @@ class Task:
                     _remark(f"progress cannot be written: {error}")
                 complained = True
             # A large receipt over a slow line must not be all that the container does.
-            pause = max(least, 20 * (time.monotonic() - begun))
+            pause = max(min(least, 2 * pause), 20 * (time.monotonic() - begun))
 
 
 def _canonical(value: Any) -> str:

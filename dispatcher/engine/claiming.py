@@ -25,6 +25,7 @@ __all__ = ["Claims"]
 log = structlog.get_logger(__name__)
 
 NAME_BYTES: Final = 4096
+NOBODY: Final = b"nobody"
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 """What platforms call executions."""
 
@@ -82,9 +83,12 @@ class Claims:
         True also while that cannot be found out: then it is left alone, and found again.
         """
         state, handle = self._store.known_keys([found.key]).get(found.key, ("ended", None))
-        if state == "ended" or handle is None or handle == found.handle:
+        if handle == found.handle or (handle is None and state != "ended"):
             return False
         try:
+            if state == "ended" or handle is None:
+                self._leave_to_nobody(place, found.key)
+                return False
             if self.decide(place, found.key, handle) != found.handle:
                 return False
         except Unreachable as error:
@@ -95,6 +99,15 @@ class Claims:
         if self._store.follow_winner(found.key, handle, found.handle, why):
             place.watch.forget_handle(handle)
         return True
+
+    def _leave_to_nobody(self, place: Place, key: str) -> None:
+        """Take the claim of a key that has ended: what has not begun shall not begin any more."""
+        if place.storage is None or place.backend.limits.relaunch_safe:
+            return
+        try:
+            place.storage.create(claim_path(key), NOBODY)
+        except StorageRefused as error:
+            log.warning("a claim cannot be made", key=key, why=str(error))
 
     def may_be_double(
         self, place: Place, report: Report, calls: int, settled: Collection[int]

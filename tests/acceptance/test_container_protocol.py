@@ -249,7 +249,7 @@ with container.run() as task:
         task.report(item, True, output)
 """
         assert ended(box.python(program))[:2] == (0, "")
-        assert box.files() == ["1.json"]
+        assert box.files() == ["1.json", "1.progress.json"]
         (box.path / "results" / "k1" / "1.json").unlink()
         program = """
 import container, os
@@ -262,7 +262,7 @@ container.report_at(1, True)
 container.report_at(2, True)
 """
         assert ended(box.python(program))[:2] == (0, "")
-        assert box.files() == ["1.json"]
+        assert box.files() == ["1.json", "1.progress.json"]
 
 
 class TestTheWrapper:

@@ -194,3 +194,14 @@ def test_a_late_answer_that_names_the_winner_is_followed_and_not_stopped(
     assert bench.sql("SELECT handle FROM dispatcher.execution WHERE NOT stray") == [first]
     assert bench.sql("SELECT handle FROM dispatcher.execution WHERE stray") == []
     assert second in bench.world._executions
+
+
+def test_a_double_of_what_has_ended_shall_not_begin_any_more(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, batch, key, first, second = doubled(make_bench, storage)
+    end(bench, second, Outcome.SUCCEEDED, 0)
+    assert bench.finish(batch).state == "succeeded"
+    bench.engine.sweep_strays(HERE)
+    assert bench.sql("SELECT handle FROM dispatcher.execution WHERE stray") == [first]
+    assert storage.read(f"claims/{key}", 100) == b"nobody"
