@@ -411,16 +411,25 @@ class SettleStore(BaseStore):
         )
 
     def release_packs(self, tx: sa.Connection, execution_ids: Sequence[int]) -> None:
-        """Let retries go that waited for company from executions that have now ended."""
+        """Let retries go that waited for company from executions that have now ended.
+
+        Those of one execution go together, whenever each of them was settled: one pack, one delay.
+        """
         self.run(
             tx,
             """
-            UPDATE dispatcher.chunk c SET hold_until = NULL
-            FROM dispatcher.attempt a
-            WHERE a.execution_id = ANY(:ids) AND c.batch_id = a.batch_id
-                AND c.index = a.chunk_index AND c.state || '' = 'pending'
-                AND c.hold_until IS NOT NULL
-                AND c.attempts = a.number
+            WITH waiting AS MATERIALIZED (
+                SELECT a.execution_id, c.batch_id, c.index, c.due_at
+                FROM dispatcher.attempt a
+                JOIN dispatcher.chunk c ON c.batch_id = a.batch_id AND c.index = a.chunk_index
+                    AND c.attempts = a.number
+                WHERE a.execution_id = ANY(:ids) AND c.state || '' = 'pending'
+            ), together AS (
+                SELECT execution_id, max(due_at) AS due_at FROM waiting GROUP BY execution_id
+            )
+            UPDATE dispatcher.chunk c SET hold_until = NULL, due_at = t.due_at
+            FROM waiting w JOIN together t USING (execution_id)
+            WHERE c.batch_id = w.batch_id AND c.index = w.index
             """,
             ids=list(execution_ids),
         )

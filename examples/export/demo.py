@@ -1,8 +1,9 @@
 """`make demo`: the nightly export of a shop, from nothing to files that were checked.
 
 It starts a standalone with the sample shop, enqueues `nightly-export` as an application would,
-shows its progress, its chunks and its audit trail, and compares every file with the database. It
-ends with 0 only if all of that is right, and leaves nothing running; the files are in demo-out/.
+shows its progress, its chunks and its audit trail, and compares every file with the database and
+with what its receipt says. It ends with 0 only if all of that is right, and leaves nothing running;
+the files are in demo-out/.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dispatcher import Batch, Dispatcher
+from dispatcher import Batch, Dispatcher, Outcome
 from dispatcher.servers import leashed
 from examples.export.shop import SCHEMA
 
@@ -102,28 +103,42 @@ def follow(batch: Batch) -> None:
     sys.exit(f"the batch {batch.id} has not ended within {DONE_WITHIN:.0f} s")
 
 
-def show_chunks(dispatcher: Dispatcher, batch: Batch) -> bool:
-    """Print what became of each chunk; say whether the planned failure was seen and made good."""
+def show_chunks(dispatcher: Dispatcher, batch: Batch) -> None:
+    """Print what became of each chunk, and its tables with the rows that the receipts tell of."""
     table = Table("chunk", "tables", "outcome", "attempts", "duration", title=f"batch {batch.id}")
-    retried = False
-    for chunk in dispatcher.chunks(batch.id, items=True):
-        names = [item["table"] for item in json.loads(chunk.items or "[]")]
-        outcomes = [str(attempt.outcome) for attempt in chunk.attempts]
+    told: dict[int, list[str]] = {}
+    for item in dispatcher.items(batch.id):
+        again = f" (attempt {item.attempt})" if item.attempt != 1 else ""
+        rows = f" {item.output['rows']:,}" if item.output else ""
+        told.setdefault(item.chunk_index, []).append(f"{item.item['table']}{rows}{again}")
+    for chunk in dispatcher.chunks(batch.id):
         seconds = sum(
             (attempt.ended_at - attempt.started_at).total_seconds()
             for attempt in chunk.attempts
             if attempt.started_at and attempt.ended_at
         )
-        words = ", ".join(
-            f"{attempt.number}: {attempt.outcome}"
-            + (f" (exit {attempt.exit_code})" if attempt.exit_code else "")
-            for attempt in chunk.attempts
-        )
-        table.add_row(str(chunk.index), ", ".join(names), chunk.state, words, f"{seconds:.1f} s")
-        if FAIL_ONCE in names:
-            retried = outcomes == ["failed", "succeeded"] and chunk.attempts[0].exit_code == 1
+        words = ", ".join(f"{attempt.number}: {attempt.outcome}" for attempt in chunk.attempts)
+        names = ", ".join(told.get(chunk.index, []))
+        table.add_row(str(chunk.index), names, chunk.state, words, f"{seconds:.1f} s")
     console.print(table)
-    return retried
+
+
+def check_retry(dispatcher: Dispatcher, batch: Batch) -> list[str]:
+    """See that the planned failure was told of its table alone, and that alone exported again."""
+    attempts = {one.item["table"]: one.attempt for one in dispatcher.items(batch.id)}
+    again = [table for table, attempt in attempts.items() if attempt != 1]
+    failed = [
+        f"{attempt.outcome}: {attempt.reason}"
+        for chunk in dispatcher.chunks(batch.id)
+        for attempt in chunk.attempts
+        if attempt.outcome != Outcome.SUCCEEDED
+    ]
+    problems = []
+    if again != [FAIL_ONCE]:
+        problems.append(f"{again} were exported again, and {FAIL_ONCE} alone should have been")
+    if len(failed) != 1 or f"{FAIL_ONCE} is FAIL_ONCE" not in failed[0]:
+        problems.append(f"one planned failure should have been seen, and these were: {failed}")
+    return problems
 
 
 def show_trail(dispatcher: Dispatcher, batch: Batch) -> int:
@@ -144,9 +159,10 @@ def show_trail(dispatcher: Dispatcher, batch: Batch) -> int:
 
 @dataclass(frozen=True)
 class Content:
-    """What a table holds: its rows, and the MD5 of its CSV text."""
+    """What a table holds: its rows, and the bytes and the MD5 of its CSV text."""
 
     rows: int
+    size: int
     checksum: str
 
 
@@ -154,27 +170,35 @@ def in_database(connection: psycopg.Connection, table: str) -> Content:
     """Ask the database."""
     name = sql.Identifier(SCHEMA, table)
     row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(name)).fetchone()
-    digest = hashlib.md5(usedforsecurity=False)
+    digest, size = hashlib.md5(usedforsecurity=False), 0
     copy = sql.SQL("COPY (TABLE {}) TO STDOUT (FORMAT csv, HEADER)").format(name)
     with connection.cursor() as cursor, cursor.copy(copy) as blocks:
         for block in blocks:
             digest.update(block)
-    return Content(row[0] if row else 0, digest.hexdigest())
+            size += len(block)
+    return Content(row[0] if row else 0, size, digest.hexdigest())
 
 
 def in_file(path: Path) -> Content:
     """Read the file as any program would: rows by the csv module, not by lines."""
-    digest = hashlib.md5(usedforsecurity=False)
+    digest, size = hashlib.md5(usedforsecurity=False), 0
     with gzip.open(path, "rb") as source:
         while block := source.read(1 << 20):
             digest.update(block)
+            size += len(block)
     with gzip.open(path, "rt", encoding="utf-8", newline="") as text:
         rows = sum(1 for _ in csv.reader(text)) - 1
-    return Content(rows, digest.hexdigest())
+    return Content(rows, size, digest.hexdigest())
 
 
-def check_files(address: str, out: Path) -> list[str]:
-    """Compare every file with its table; return what is wrong, one sentence each."""
+def check_files(address: str, out: Path, told: Mapping[str, Any]) -> list[str]:
+    """Compare every file with its table, and with what was told of it; return what is wrong.
+
+    Args:
+        address: of the shop's database.
+        out: where the files are.
+        told: what the receipts say of each table.
+    """
     problems = []
     rows = size = 0
     with psycopg.connect(address.replace("+psycopg", "", 1), autocommit=True) as connection:
@@ -199,11 +223,14 @@ def check_files(address: str, out: Path) -> list[str]:
             expected, found = in_database(connection, table), in_file(path)
             if found != expected:
                 problems.append(f"{path} holds {found}, and the table {expected}")
+            receipt = {"file": path.name, "rows": found.rows, "bytes": found.size}
+            if told.get(table) != receipt:
+                problems.append(f"{path} is {receipt}, and the receipt tells of {told.get(table)}")
             rows += found.rows
             size += path.stat().st_size
     console.print(
         f"checked {len(names)} tables, {rows:,} rows, {size:,} bytes of gzip: "
-        f"{'rows and checksums agree' if not problems else 'NOT right'}",
+        f"{'rows, checksums and receipts agree' if not problems else 'NOT right'}",
         soft_wrap=True,
     )
     return problems
@@ -220,15 +247,15 @@ def export_shop(told: dict[str, Any]) -> list[str]:
             f"enqueued nightly-export as batch {batch.id}; {FAIL_ONCE} fails once on purpose"
         )
         follow(batch)
-        problems = []
         batch = batch.refresh()
+        show_chunks(dispatcher, batch)
+        problems = check_retry(dispatcher, batch)
         if batch.state != "succeeded":
             problems.append(f"the batch has {batch.state}, and should have succeeded")
-        if not show_chunks(dispatcher, batch):
-            problems.append(f"the planned failure of {FAIL_ONCE} and its retry were not seen")
         if show_trail(dispatcher, batch) == 0:
             problems.append("the audit trail is empty")
-    return problems + check_files(told["databases"]["shop"], OUT)
+        receipts = {one.item["table"]: one.value for one in dispatcher.outputs(batch.id)}
+    return problems + check_files(told["databases"]["shop"], OUT, receipts)
 
 
 def main() -> int:

@@ -109,11 +109,26 @@ def test_the_item_source_names_every_table_with_its_bytes() -> None:
     assert all(item["bytes"] > 0 for item in items)
 
 
-def test_every_table_is_exported_as_it_is(shop_url: str, tmp_path: Path) -> None:
-    done = export(list(tables.list_tables()), tmp_path / "out")
+def receipts(path: Path) -> dict[str, Any]:
+    """What a receipt tells of its tables: outputs of those that succeeded, else errors."""
+    told: dict[str, Any] = json.loads(path.read_text())
+    assert told["complete"]
+    return {one["i"]: one.get("output") or one["error"] for one in told["items"]}
+
+
+def test_every_table_is_exported_as_it_is_and_told_of_in_the_receipt(
+    shop_url: str, tmp_path: Path
+) -> None:
+    items = list(tables.list_tables())
+    result = tmp_path / "0.json"
+    done = export(items, tmp_path / "out", DISPATCH_RESULT_URI=result.as_uri())
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 30
-    assert demo.check_files(shop_url, tmp_path / "out") == []
+    told = {items[position]["table"]: output for position, output in receipts(result).items()}
+    assert sum(output["rows"] for output in told.values()) == sum(
+        make_shop.row_counts(ROWS).values()
+    )
+    assert demo.check_files(shop_url, tmp_path / "out", told) == []
 
 
 def test_items_can_come_from_a_file(shop_url: str, tmp_path: Path) -> None:
@@ -128,7 +143,7 @@ def test_items_can_come_from_a_file(shop_url: str, tmp_path: Path) -> None:
 def test_without_items_it_fails_for_good(tmp_path: Path) -> None:
     done = export(None, tmp_path)
     assert done.returncode == 65
-    assert "neither DISPATCH_ITEMS nor a file:// DISPATCH_INPUT_URI is set" in done.stderr
+    assert "none of DISPATCH_ITEMS, DISPATCH_INPUT and DISPATCH_INPUT_URI is set" in done.stderr
 
 
 def test_without_a_database_it_says_what_to_set(
@@ -141,38 +156,48 @@ def test_without_a_database_it_says_what_to_set(
 
 
 @pytest.mark.usefixtures("shop_url")
-def test_a_planned_failure_leaves_no_file_and_the_next_attempt_succeeds(tmp_path: Path) -> None:
+def test_a_planned_failure_leaves_no_file_holds_up_no_table_and_happens_once(
+    tmp_path: Path,
+) -> None:
     items = [{"table": "shops"}, {"table": "refunds"}, {"table": "orders"}]
-    first = export(items, tmp_path, FAIL_ONCE="refunds", DISPATCH_ATTEMPT="1")
-    assert first.returncode == 1
+    out, result = tmp_path / "out", tmp_path / "0.json"
+    first = export(items, out, FAIL_ONCE="refunds", DISPATCH_RESULT_URI=result.as_uri())
+    assert first.returncode == 0  # the receipt tells of it
     assert first.stderr == "refunds: failed on purpose: refunds is FAIL_ONCE\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["shops.csv.gz"]
-    second = export(items, tmp_path, FAIL_ONCE="refunds", DISPATCH_ATTEMPT="2")
+    assert receipts(result)[1] == "FailedOnPurpose: failed on purpose: refunds is FAIL_ONCE"
+    assert {path.name for path in out.iterdir()} == {"shops.csv.gz", "orders.csv.gz"}
+    second = export(items[1:2], out, FAIL_ONCE="refunds", DISPATCH_ATTEMPT="2")
     assert second.returncode == 0
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(out.iterdir())) == 3
 
 
 @pytest.mark.usefixtures("shop_url")
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
     done = export([{"table": "unicorns"}], tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 1  # there is no receipt to tell of it
     assert done.stderr.startswith('unicorns: relation "shop.unicorns" does not exist')
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_check_finds_a_file_that_is_missing_changed_or_too_many(
+def test_the_check_finds_a_file_that_is_missing_changed_too_many_or_not_as_told(
     shop_url: str, tmp_path: Path
 ) -> None:
-    export(list(tables.list_tables()), tmp_path)
-    (tmp_path / "shops.csv.gz").unlink()
-    (tmp_path / "cats.csv.gz").touch()
-    path = tmp_path / "orders.csv.gz"
+    items = list(tables.list_tables())
+    out, result = tmp_path / "out", tmp_path / "0.json"
+    export(items, out, DISPATCH_RESULT_URI=result.as_uri())
+    told = {items[position]["table"]: output for position, output in receipts(result).items()}
+    (out / "shops.csv.gz").unlink()
+    (out / "cats.csv.gz").touch()
+    path = out / "orders.csv.gz"
     content = gzip.decompress(path.read_bytes())
     path.write_bytes(gzip.compress(content.replace(b"true", b"false").replace(b",t,", b",f,", 1)))
-    problems = demo.check_files(shop_url, tmp_path)
-    assert problems[0] == f"cats.csv.gz is in {tmp_path} and belongs to no table"
+    told["refunds"]["rows"] += 1
+    problems = demo.check_files(shop_url, out, told)
+    assert problems[0] == f"cats.csv.gz is in {out} and belongs to no table"
     assert problems[1].startswith(f"{path} holds Content(rows=")
-    assert problems[2] == f"{tmp_path / 'shops.csv.gz'} is missing"
+    assert "and the receipt tells of" in problems[2]
+    assert "refunds.csv.gz" in problems[2]
+    assert problems[3] == f"{out / 'shops.csv.gz'} is missing"
 
 
 def test_the_jobs_file_is_valid_and_has_the_names_of_the_readme() -> None:

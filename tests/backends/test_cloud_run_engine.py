@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections import Counter
@@ -46,6 +47,7 @@ from dispatcher.engine import Engine
 from dispatcher.engine.metering import TargetMeter
 from dispatcher.explaining import explain
 from dispatcher.queries import Chunk
+from dispatcher.states import ChunkState
 from dispatcher.storage import Storage
 from dispatcher.store import Store
 
@@ -287,6 +289,12 @@ def most_within(times: list[float], seconds: float) -> int:
     )
 
 
+def figures(**measured: Any) -> None:
+    """Show what was measured, to who runs these with -s."""
+    rounded = {k: round(v, 1) if isinstance(v, float) else v for k, v in measured.items()}
+    print(f"\n{rounded}")  # noqa: T201 - see above
+
+
 MakeCloud: TypeAlias = Callable[..., Cloud]
 
 
@@ -337,7 +345,7 @@ def test_ten_thousand_chunks_are_one_launch_and_their_failures_one_more(
     assert cloud.launches == 1, "ten thousand chunks, one call"
     ended = cloud.finish(batch, step=2.5, within=900)
     passed, reads = cloud.monotonic() - began, cloud.reads()
-    print(f"{passed=:.0f} reads={len(reads)}", cloud.emulator.calls)
+    figures(passed=passed, reads=len(reads), calls=dict(cloud.emulator.calls))
     assert (ended.state, ended.counts) == ("succeeded", {"succeeded": 10_000})
     assert Counter(map(len, cloud.outcomes(batch))) == {1: 9_900, 2: 100}
     assert [execution.task_count for execution in cloud.world.executed] == [10_000, 100]
@@ -357,7 +365,7 @@ def test_a_straggler_of_an_hour_holds_up_nobody_and_its_lost_record_costs_one_ch
     began = cloud.monotonic()
     batch = cloud.dispatcher.enqueue("etl", range(10_000))
     took = cloud.until(
-        lambda: batch.refresh().counts.get("succeeded") == 9_999,
+        lambda: batch.refresh().counts.get(ChunkState.SUCCEEDED) == 9_999,
         "all but the straggler were settled",
         step=2.5,
         within=900,
@@ -378,7 +386,7 @@ def test_a_straggler_of_an_hour_holds_up_nobody_and_its_lost_record_costs_one_ch
     passed = cloud.monotonic() - began
     reads, pages = cloud.reads(), cloud.emulator.calls["Tasks.ListTasks"]
     assert most_within(reads, 4.9) == 1
-    print(f"{late=:.1f} {took=:.0f} {passed=:.0f} reads={len(reads)} {pages=}")
+    figures(late=late, passed=passed, reads=len(reads), task_pages=pages)
 
 
 def test_three_hundred_executions_are_followed_with_three_reads_in_five_seconds(
@@ -391,7 +399,7 @@ def test_three_hundred_executions_are_followed_with_three_reads_in_five_seconds(
     began = cloud.monotonic()
     assert cloud.finish(batch, step=0.5).state == "succeeded"
     passed, reads = cloud.monotonic() - began, cloud.reads()
-    print(f"{passed=:.0f} reads={len(reads)} most={most_within(reads, 4.9)}", cloud.emulator.calls)
+    figures(passed=passed, reads=len(reads), in_five_seconds=most_within(reads, 4.9))
     assert len(reads) <= 3 * (passed / 5 + 1)
     assert most_within(reads, 4.9) <= 3
     assert cloud.emulator.calls["Tasks.ListTasks"] == 0, "a single success needs no list of tasks"
@@ -411,8 +419,9 @@ def test_a_parallelism_of_two_is_kept_and_its_queue_is_no_late_start(make_cloud:
     began = cloud.monotonic()
     batch = cloud.dispatcher.enqueue("etl", range(200))
     cloud.until(lambda: cloud.monotonic() - began > 90, "past the start deadline", step=2)
-    told = explain(cloud.store, batch.id)
-    print(told.text)
+    text = explain(cloud.store, batch.id).text
+    assert "At most 2 of them run at the same time" in text
+    assert re.search(r"the other [0-9]+ wait there for their turn, and no start deadline", text)
     assert cloud.finish(batch, step=5, within=900).state == "succeeded"
     assert cloud.world.most_busy == 2
     assert cloud.launches == 1
@@ -443,11 +452,12 @@ def test_cancelled_in_the_console_and_late_by_our_deadline_are_two_things(
     ended = cloud.finish(batch, step=5, within=900)
     assert cloud.outcomes(batch) == [["cancelled"], ["timed_out", "succeeded"]]
     cancelled, late = (chunk.attempts[0] for chunk in cloud.chunks(batch))
-    assert (cancelled.ended_at - cancelled.started_at).total_seconds() < 15
+    assert cancelled.started_at is not None
+    assert cancelled.ended_at is not None
+    assert cancelled.ended_at - cancelled.started_at < timedelta(seconds=15)
     assert late.reason == "the execution ran past its deadline (the provider says: cancelled)"
-    assert cloud.emulator.calls["Executions.CancelExecution"] >= 2
     assert ended.state == "failed"
-    print(cancelled.reason, ended.reason, cloud.emulator.calls)
+    assert "cancelled" in (ended.reason or "")
 
 
 def test_a_stray_that_nobody_owns_is_stopped_and_what_is_not_ours_is_left_alone(
@@ -538,7 +548,8 @@ def test_a_cancel_of_a_thousand_running_tasks_is_confirmed_and_nothing_runs_afte
     assert len(cloud.world.starts) == started == 1000
     assert (cloud.launches, cloud.world.running) == (4, [])
     assert {tuple(one) for one in cloud.outcomes(batch)} == {("cancelled",)}
-    print(took, cloud.emulator.calls)
+    assert took < 30
+    figures(took=took, calls=dict(cloud.emulator.calls))
 
 
 # --- budgets --------------------------------------------------------------------------------------
@@ -557,7 +568,7 @@ def test_a_429_slows_the_shared_bucket_and_costs_no_attempt(make_cloud: MakeClou
     assert cloud.outcomes(batch) == [["succeeded"]] * 80
     assert len(cloud.world.executed) == 80
     assert cloud.launches <= 80 * 1.2, "a refusal is no invitation"
-    print(pace, cloud.emulator.refused, cloud.launches, took)
+    figures(took=took, refused=cloud.emulator.refused.total(), launches=cloud.launches)
 
 
 def test_two_workers_share_one_budget_of_reads(make_cloud: MakeCloud) -> None:
@@ -575,10 +586,11 @@ def test_two_workers_share_one_budget_of_reads(make_cloud: MakeCloud) -> None:
     assert cloud.finish(batch).state == "succeeded"
     minutes, reads = (cloud.monotonic() - began) / 60, cloud.reads()
     assert not cloud.emulator.refused
-    print(minutes, len(reads), most_within(reads, 60))
-    burst = 5
-    assert len(reads) <= 30 * minutes + burst
-    assert most_within(reads, 60) <= 30 + burst
+    most = most_within(reads, 60)
+    figures(minutes=minutes, reads=len(reads), in_a_minute=most)
+    # A bucket holds the calls of ten seconds.
+    assert len(reads) <= 30 * minutes + 5
+    assert 25 <= most <= 30 + 5
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -661,15 +673,13 @@ def test_bad_input_is_told_at_the_check_and_rejected_once_in_the_providers_words
     cloud = make_cloud(jobs={"etl": bad.job}, definition=bad.definition, storage=bad.storage)
     bad.spoil(cloud.world)
     code, checked = cloud.check()
-    print(code, checked)
+    assert code == 1
+    assert bad.checked in checked
     before = cloud.launches
     batch = cloud.dispatcher.enqueue("etl", [f"{bad.item}{number}" for number in range(3)])
     ended = cloud.finish(batch)
     for _ in range(10):
         cloud.turn(60)
-    print(ended.reason, cloud.launches - before, cloud.emulator.calls)
-    print([chunk.attempts[0].reason for chunk in cloud.chunks(batch)][0])
-    assert bad.checked in checked
     assert ended.state == "failed"
     assert cloud.outcomes(batch) == [["rejected"]] * 3
     assert all(bad.told in (chunk.attempts[0].reason or "") for chunk in cloud.chunks(batch))
@@ -688,15 +698,14 @@ def test_an_outage_of_ten_minutes_is_asked_after_seldom_and_costs_nothing(
         for _ in range(200):
             cloud.turn(3)
         calls = cloud.emulator.calls - before
-        print(calls)
+        figures(in_ten_minutes=dict(calls))
         assert calls["Jobs.RunJob"] <= 40
         assert calls.total() <= 120
         code, checked = cloud.check()
         assert (code, "503 The service is currently unavailable" in checked) == (4, True)
-    took = cloud.until(lambda: batch.refresh().finished, "the batch ended", step=5)
+    assert cloud.finish(batch, step=5).state == "succeeded"
     assert cloud.outcomes(batch) == [["succeeded"]] * 50
     assert len(cloud.world.executed) == 51
-    print(took)
 
 
 def test_an_endpoint_where_nobody_listens_is_told_and_asked_seldom(make_cloud: MakeCloud) -> None:
@@ -711,7 +720,8 @@ def test_an_endpoint_where_nobody_listens_is_told_and_asked_seldom(make_cloud: M
     batch = cloud.dispatcher.enqueue("etl", range(3))
     for _ in range(200):
         cloud.turn(3)
-    assert 5 <= asked.total() <= 30, asked
+    figures(in_ten_minutes=dict(asked))
+    assert 5 <= asked.total() <= 30
     assert batch.refresh().counts == {"pending": 3}
     assert "target cloud does not answer" in explain(cloud.store, batch.id).text
 
