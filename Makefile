@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench up docs test-pythons install clean
+.PHONY: help demo test coverage lint bench up docs test-pythons install clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,11 @@ demo: $(READY) ## Export a sample database with real servers and workers, and ch
 	$(BIN)/python -m examples.export.demo
 
 test: $(READY) ## Run every test, with coverage of lines and branches
-	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered
+	$(BIN)/pytest -n 3 --dist worksteal --cov --cov-report=term-missing:skip-covered
+
+coverage: $(READY) ## The same, and count the lines that workers and other processes run
+	$(BIN)/pytest -n 3 --dist worksteal --cov --cov-config=tests/coverage-everywhere.ini \
+	    --cov-report=term-missing:skip-covered
 
 lint: $(READY) ## Check style, types and which part may import which
 	$(BIN)/ruff check .

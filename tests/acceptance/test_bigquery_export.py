@@ -258,7 +258,7 @@ def kill_container(batch: Batch) -> None:
                 found.append(int(entry.name))
         except OSError:
             continue  # it has ended, or is not ours
-    (pid,) = (pid for pid in found if os.getpgid(pid) == pid or len(found) == 1)
+    (pid,) = found
     os.kill(pid, signal.SIGKILL)
 
 
