@@ -459,7 +459,8 @@ class Database:
         self.raw.execute(
             "TRUNCATE dispatcher.event, dispatcher.item_result, dispatcher.attempt,"
             " dispatcher.execution, dispatcher.chunk_items, dispatcher.chunk, dispatcher.item_page,"
-            " dispatcher.batch, dispatcher.bucket, dispatcher.target, dispatcher.worker RESTART IDENTITY"
+            " dispatcher.batch, dispatcher.bucket, dispatcher.target, dispatcher.worker"
+            " RESTART IDENTITY"
         )
         self.set_clock(self.BEGINNING)
 
