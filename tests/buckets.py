@@ -8,6 +8,7 @@ answered 412.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,6 +152,8 @@ def serve_s3() -> Iterator[tuple[str, Any]]:
     import boto3  # noqa: PLC0415 -- both take a second, which few tests need
     from moto.server import ThreadedMotoServer  # noqa: PLC0415 -- as above
 
+    # Its handler writes to the stderr of the test that first started a server, which is closed then.
+    logging.getLogger("werkzeug").disabled = True
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     try:
