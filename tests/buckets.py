@@ -152,7 +152,7 @@ def serve_s3() -> Iterator[tuple[str, Any]]:
     import boto3  # noqa: PLC0415 -- both take a second, which few tests need
     from moto.server import ThreadedMotoServer  # noqa: PLC0415 -- as above
 
-    # Its handler writes to the stderr of the test that first started a server, which is closed then.
+    # Its handler writes to the stderr of the test that first started a server: closed since.
     logging.getLogger("werkzeug").disabled = True
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()

@@ -414,6 +414,7 @@ class SettleStore(BaseStore):
         """Let retries go that waited for company from executions that have now ended.
 
         Those of one execution go together, whenever each of them was settled: one pack, one delay.
+        Only what has to wait for over a minute longer than the first goes by itself.
         """
         self.run(
             tx,
@@ -424,10 +425,16 @@ class SettleStore(BaseStore):
                 JOIN dispatcher.chunk c ON c.batch_id = a.batch_id AND c.index = a.chunk_index
                     AND c.attempts = a.number
                 WHERE a.execution_id = ANY(:ids) AND c.state || '' = 'pending'
+            ), first AS (
+                SELECT execution_id, min(due_at) + interval '1 minute' AS latest
+                FROM waiting GROUP BY execution_id
             ), together AS (
-                SELECT execution_id, max(due_at) AS due_at FROM waiting GROUP BY execution_id
+                SELECT w.execution_id, max(w.due_at) AS due_at
+                FROM waiting w JOIN first f USING (execution_id)
+                WHERE w.due_at <= f.latest GROUP BY w.execution_id
             )
-            UPDATE dispatcher.chunk c SET hold_until = NULL, due_at = t.due_at
+            UPDATE dispatcher.chunk c
+            SET hold_until = NULL, due_at = greatest(c.due_at, t.due_at)
             FROM waiting w JOIN together t USING (execution_id)
             WHERE c.batch_id = w.batch_id AND c.index = w.index
             """,
