@@ -136,21 +136,18 @@ def test_a_stale_list_shows_an_execution_as_pending_that_has_started_since(opene
 # --- cost and closing -----------------------------------------------------------------------------
 
 
-def test_ten_thousand_tasks_and_a_thousand_executions_cost_little(clients: Clouds) -> None:
+def test_ten_thousand_tasks_and_a_thousand_executions_need_no_thread_of_their_own(clients: Clouds) -> None:
     overrides = run_v2.RunJobRequest.Overrides.pb()
-    with CloudRunEmulator(script=lambda _: 1) as emulator:
+    with CloudRunEmulator(script=lambda _: 3600) as emulator:
         emulator.world.define("p", "r", "job", env={"INPUT": "x" * 20_000})
         threads = threading.active_count()
-        before = time.process_time()
         emulator.world.run_job(JOB, overrides(task_count=10_000))
         for _ in range(1_000):
             emulator.world.run_job(JOB, overrides())
         eventually(lambda: emulator.world.busy == 11_000)
         assert threading.active_count() <= threads
-        emulator.world.advance(1)
+        emulator.world.advance(3600)
         eventually(lambda: not emulator.world.running)
-        # About 0.4 s where this was written.
-        assert time.process_time() - before < 3
         assert len(emulator.world.starts) == 11_000
         assert len(list(clients(emulator).executions.list_executions(parent=JOB))) == 1_000
 
