@@ -136,7 +136,9 @@ def test_a_stale_list_shows_an_execution_as_pending_that_has_started_since(opene
 # --- cost and closing -----------------------------------------------------------------------------
 
 
-def test_ten_thousand_tasks_and_a_thousand_executions_need_no_thread_of_their_own(clients: Clouds) -> None:
+def test_ten_thousand_tasks_and_a_thousand_executions_need_no_thread_of_their_own(
+    clients: Clouds,
+) -> None:
     overrides = run_v2.RunJobRequest.Overrides.pb()
     with CloudRunEmulator(script=lambda _: 3600) as emulator:
         emulator.world.define("p", "r", "job", env={"INPUT": "x" * 20_000})
