@@ -72,8 +72,8 @@ class Cloud:
 
 
 def eventually(look: Callable[[], Any], holds: Callable[[Any], bool] = bool) -> Any:
-    """Look until it holds; fail after ten seconds."""
-    deadline = time.monotonic() + 10
+    """Look until it holds; fail after half a minute: the machine may be busy."""
+    deadline = time.monotonic() + 30
     while not holds(seen := look()):
         assert time.monotonic() < deadline, f"it never came: {seen}"
         time.sleep(0.01)
