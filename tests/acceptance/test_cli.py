@@ -1163,9 +1163,9 @@ def test_what_is_asked_for_wrongly(desk: Desk, words: tuple[str, ...], said: str
 
 def test_a_prefix_of_two_batches_names_both(desk: Desk) -> None:
     for letter in "ab":
-        desk.enqueue("work", "--item", letter)
+        made = desk.enqueue("work", "--item", letter)
         desk.sql("DELETE FROM dispatcher.item_page")
-        desk.sql("UPDATE dispatcher.batch SET id = %s WHERE id NOT LIKE 'qq%%'", f"qq{letter}")
+        desk.sql("UPDATE dispatcher.batch SET id = %s WHERE id = %s", f"qq{letter}", made)
     assert desk.refused("show", "qq") == (
         'error: more than one batch begins with "qq": qqa, qqb; give more of the id'
     )
