@@ -23,6 +23,26 @@ pytest.register_assert_rewrite("dispatcher.testing")
 from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey  # noqa: E402 - see above
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let every process of pytest-xdist begin with its part of the long tests.
+
+    Each is given an equal run of the list, from its start, and takes from the ends of the others'
+    when it is through. A long test in the middle of a run would keep one at work when the others
+    have nothing left to take.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("long")]
+    short = [item for item in items if not item.get_closest_marker("long")]
+    dealt: list[pytest.Item] = []
+    for worker in range(workers):
+        dealt += long[worker::workers]
+        room = max(0, len(items) * (worker + 1) // workers - len(dealt))
+        dealt += short[:room]
+        short = short[room:]
+    items[:] = dealt + short
+
+
 def migrate(url: str) -> None:
     from dispatcher import schema  # noqa: PLC0415 - only tests that ask for a database need it
 

@@ -111,6 +111,7 @@ def story(site: Site) -> Iterator[Story]:
 # --- the story ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_ids_run_as_many_tasks_as_there_are_chunks_and_only_what_failed_runs_again(
     story: Story,
 ) -> None:

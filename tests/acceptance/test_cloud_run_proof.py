@@ -141,6 +141,7 @@ def emulator() -> Iterator[CloudRunEmulator]:
         yield emulator
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_lost_replies_and_killed_workers_start_nothing_twice_and_lose_nothing(
     site: Site, emulator: CloudRunEmulator

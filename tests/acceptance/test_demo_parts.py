@@ -327,6 +327,7 @@ def run_hello(addresses: dict[str, Any]) -> str:
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="the test reads /proc")
 
 
+@pytest.mark.long
 @only_linux
 def test_a_standalone_runs_work_restarts_what_dies_and_leaves_nothing(home: Path) -> None:
     process = start(home, "--no-flower", "--database", "shop", "--workers", "2")
@@ -361,6 +362,7 @@ def test_a_standalone_runs_work_restarts_what_dies_and_leaves_nothing(home: Path
     assert not (home / ".dispatcher" / "standalone.json").exists()
 
 
+@pytest.mark.long
 @only_linux
 def test_all_that_a_standalone_started_dies_with_it_and_the_next_one_goes_on(home: Path) -> None:
     process = start(home)

@@ -47,6 +47,7 @@ def servers(tmp_path: Path) -> Iterator[tuple[EmbeddedPostgres, EmbeddedValkey]]
         yield postgres, valkey
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_kills_of_workers_broker_and_database_lose_nothing_and_double_nothing(
     tmp_path: Path, servers: tuple[EmbeddedPostgres, EmbeddedValkey]

@@ -162,6 +162,7 @@ def cloud(site: Site) -> Iterator[Storage]:
         assert len(set(by_key)) == len(by_key), "nothing was launched twice"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", [local, cloud])
 def test_ten_thousand_items_of_which_seven_kill_their_container_end_with_the_seven_named(
     site: Site, place: Any

@@ -113,6 +113,7 @@ def doubled(cloud: CloudRunEmulator) -> set[str]:
     return {key for key, times in started.items() if times > 1}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_where_launches_are_doubled_each_items_effect_comes_once(site: Site) -> None:
     containers = Containers(site.folder)

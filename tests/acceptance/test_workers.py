@@ -50,6 +50,7 @@ def test_a_worker_runs_a_batch_to_its_end(site: Site) -> None:
     assert sorted(written(site)) == list("01234")
 
 
+@pytest.mark.long
 def test_a_killed_worker_loses_nothing_and_another_ends_every_chunk_once(site: Site) -> None:
     site.write_jobs(JOBS)
     first = site.worker()

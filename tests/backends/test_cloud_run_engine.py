@@ -331,6 +331,7 @@ def make_cloud(tmp_path: Path, database_url: str) -> Iterator[MakeCloud]:
 PACKED: Final = {"options": {"job": "etl", "max_tasks": 10_000}, "timeout": "2h"}
 
 
+@pytest.mark.long
 def test_ten_thousand_chunks_are_one_launch_and_their_failures_one_more(
     make_cloud: MakeCloud,
 ) -> None:
@@ -354,6 +355,7 @@ def test_ten_thousand_chunks_are_one_launch_and_their_failures_one_more(
     assert most_within(reads, 4.9) == 1
 
 
+@pytest.mark.long
 def test_a_straggler_of_an_hour_holds_up_nobody_and_its_lost_record_costs_one_chunk(
     make_cloud: MakeCloud,
 ) -> None:

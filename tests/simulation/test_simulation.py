@@ -195,6 +195,7 @@ def database(database_url: str) -> Iterator[Database]:
     made.close()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120 + 5 * EXAMPLES)
 @settings(
     max_examples=EXAMPLES,
