@@ -1,10 +1,11 @@
-"""The input document: what each task of an execution works on, as one JSON line a task. Pure.
+"""What lies where in the storage, and the input document of an execution. Pure.
 
-It is needed where all tasks of an execution are given one environment, or where the items of a
-single task are too large for the launch call. Line *i* belongs to task index *i*, so that a shell
-finds its own with `sed -n "$((i + 1))p"`, and one URL, signed or not, serves every task. The same
-rows give the same document, to the byte: it is written create-only under the execution's key, and a
-launch that is repeated finds its own document there.
+The document says what each task of an execution works on, as one JSON line a task. It is needed
+where all tasks of an execution are given one environment, or where the items of a single task are
+too large for the launch call. Line *i* belongs to task index *i*, so that a shell finds its own
+with `sed -n "$((i + 1))p"`, and one URL, signed or not, serves every task. The same rows give the
+same document, to the byte: it is written create-only under the execution's key, and a launch that
+is repeated finds its own document there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dispatcher.backends.base import BackendLimits, LaunchRequest, TaskInput
 
 __all__ = [
     "DOCUMENT_BYTES",
+    "STORED",
     "claim_path",
     "document",
     "document_bytes",
@@ -26,6 +28,13 @@ __all__ = [
 
 DOCUMENT_BYTES: Final = 32 << 20
 """A document is read whole by each of its tasks: packs are cut so that it stays below this."""
+
+_INPUTS: Final = "inputs/"
+_RESULTS: Final = "results/"
+_CLAIMS: Final = "claims/"
+
+STORED: Final = (_INPUTS, _RESULTS, _CLAIMS)
+"""All that this package puts into the storage, by prefix."""
 
 LINE_BYTES: Final = 256
 """What a line takes beside its items, about, where the job has no templates for each chunk."""
@@ -53,17 +62,17 @@ def document_bytes(request: LaunchRequest) -> int:
 
 def input_path(request: LaunchRequest) -> str:
     """Name the document within the storage."""
-    return f"inputs/{request.batch_id}/{request.key}.jsonl"
+    return f"{_INPUTS}{request.batch_id}/{request.key}.jsonl"
 
 
-def result_prefix(request: LaunchRequest) -> str:
+def result_prefix(batch_id: str, key: str) -> str:
     """Name the place within the storage where the tasks of an execution write their results."""
-    return f"results/{request.batch_id}/{request.key}/"
+    return f"{_RESULTS}{batch_id}/{key}/"
 
 
 def claim_path(key: str) -> str:
     """Name the object within the storage that makes one execution of a key the only one."""
-    return f"claims/{key}"
+    return f"{_CLAIMS}{key}"
 
 
 def _line(task: TaskInput, *, wrapped: bool) -> str:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from obstore.store import RetryConfig
 
 __all__ = [
+    "LONGEST_SIGNED",
     "MAX_OBJECT_BYTES",
     "Storage",
     "StorageRefused",

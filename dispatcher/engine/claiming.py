@@ -7,7 +7,7 @@ with `CLAIM_LOST` and have done nothing. Losing is no outcome: the winner is fol
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import structlog
@@ -16,7 +16,7 @@ from dispatcher.backends.base import CLAIM_LOST, Handle, Launched, Report
 from dispatcher.documents import claim_path
 from dispatcher.engine.place import Place
 from dispatcher.errors import Unreachable
-from dispatcher.states import Outcome
+from dispatcher.states import ExecutionState, Outcome
 from dispatcher.storage import StorageRefused
 from dispatcher.store import Store
 
@@ -44,10 +44,11 @@ class Claims:
         Raises:
             Unreachable: the storage does not answer.
         """
-        if place.storage is None or place.backend.limits.relaunch_safe:
+        claims = place.claims
+        if claims is None:
             return None
         try:
-            data = place.storage.read(claim_path(key), NAME_BYTES)
+            data = claims.read(claim_path(key), NAME_BYTES)
         except StorageRefused as error:
             log.warning("a claim cannot be read", key=key, why=str(error))
             return None
@@ -66,46 +67,62 @@ class Claims:
             Unreachable: the storage does not answer.
         """
         name = handle.rpartition("/")[2]  # as `dispatcher.container` writes it
-        if (
-            place.storage is not None
-            and not place.backend.limits.relaunch_safe
-            and place.backend.winner(handle, name) == handle
-        ):
-            try:
-                place.storage.create(claim_path(key), name.encode())
-            except StorageRefused as error:
-                log.warning("a claim cannot be made", key=key, why=str(error))
+        if place.backend.winner(handle, name) == handle:
+            self._give(place, key, name.encode())
         return self.winner(place, key, handle)
 
-    def takes_over(self, place: Place, found: Launched, reason: str) -> bool:
-        """Follow what looks like a stray if it has the claim of its key; it must not be stopped.
+    def sort_out(self, place: Place, found: Sequence[Launched], reason: str) -> None:
+        """Stop what runs and belongs to no open execution: it is a stray.
 
-        True also while that cannot be found out: then it is left alone, and found again.
+        Not so what is followed under that key, or what has the claim of it: that one is followed
+        from now on, and the other one is a stray when it is found.
         """
-        state, handle = self._store.known_keys([found.key]).get(found.key, ("ended", None))
-        if handle == found.handle or (handle is None and state != "ended"):
+        known = self._store.known_keys([one.key for one in found])
+        for one in found:
+            state, handle = known.get(one.key, (ExecutionState.ENDED, None))
+            if state != ExecutionState.ENDED and handle in (None, one.handle):
+                continue  # it is the one, or its launch is still being found out
+            try:
+                followed = self._follows(place, one, state, handle, reason)
+            except Unreachable as error:
+                # Left alone until that can be found out, and found again.
+                log.warning("a claim cannot be read now", key=one.key, why=str(error))
+                continue
+            if not followed and self._store.record_stray(place.target.name, one, reason):
+                log.warning("stray", target=place.target.name, handle=one.handle)
+
+    def _follows(
+        self, place: Place, found: Launched, state: str, handle: Handle | None, reason: str
+    ) -> bool:
+        """Follow an execution that is not the recorded one of its key, if it has the claim.
+
+        Raises:
+            Unreachable: the storage does not answer.
+        """
+        if handle == found.handle:
+            return False  # it has ended in the rows, and runs on
+        if state == ExecutionState.ENDED or handle is None:
+            # What has not begun shall not begin any more.
+            self._give(place, found.key, NOBODY)
             return False
-        try:
-            if state == "ended" or handle is None:
-                self._leave_to_nobody(place, found.key)
-                return False
-            if self.decide(place, found.key, handle) != found.handle:
-                return False
-        except Unreachable as error:
-            log.warning("a claim cannot be read now", key=found.key, why=str(error))
-            return True
+        if self.decide(place, found.key, handle) != found.handle:
+            return False
         log.warning("double", key=found.key, winner=found.handle, loser=handle)
         why = f"the claim belongs to {found.handle}, and {handle} does nothing: {reason}"
         if self._store.follow_winner(found.key, handle, found.handle, why):
             place.watch.forget_handle(handle)
         return True
 
-    def _leave_to_nobody(self, place: Place, key: str) -> None:
-        """Take the claim of a key that has ended: what has not begun shall not begin any more."""
-        if place.storage is None or place.backend.limits.relaunch_safe:
+    def _give(self, place: Place, key: str, name: bytes) -> None:
+        """Make the claim of a key for somebody, if there is none yet.
+
+        Raises:
+            Unreachable: the storage does not answer.
+        """
+        if place.claims is None:
             return
         try:
-            place.storage.create(claim_path(key), NOBODY)
+            place.claims.create(claim_path(key), name)
         except StorageRefused as error:
             log.warning("a claim cannot be made", key=key, why=str(error))
 
@@ -117,7 +134,7 @@ class Claims:
         A task that found the claim taken says so by its exit code. One that could not read it, or
         never ran, ends in other ways.
         """
-        if place.storage is None or place.backend.limits.relaunch_safe:
+        if place.claims is None:
             return False
         return any(
             task.exit_code == CLAIM_LOST or (calls > 1 and task.outcome is not Outcome.SUCCEEDED)

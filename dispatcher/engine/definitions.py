@@ -9,6 +9,7 @@ from typing import Final
 import structlog
 
 from dispatcher.backends.base import Backend, Definition, Rejected, Unavailable
+from dispatcher.pausing import Pause
 from dispatcher.requests import Plan
 
 __all__ = ["Definitions"]
@@ -34,8 +35,10 @@ class Definitions:
         self._monotonic = monotonic
         self._known: dict[str, tuple[Definition, float]] = {}
         self._wanted: dict[str, Plan] = {}
-        self._failures = 0
-        self._not_before = 0.0
+        self._pause = Pause(LONGEST_PAUSE)
+        self._broken: dict[str, Pause] = {}
+        """Those whose reading met a fault of ours: they keep no other from being read."""
+
         self._lock = Lock()
 
     def under(self, plan: Plan) -> Plan | None:
@@ -58,16 +61,21 @@ class Definitions:
             Unavailable: the provider cannot be asked now; what was wanted still is.
         """
         with self._lock:
-            if self._monotonic() < self._not_before:
+            if self._pause.lasts(self._monotonic()):
                 return False
-            wanted = dict(self._wanted)
+            now = self._monotonic()
+            wanted = {
+                key: plan
+                for key, plan in self._wanted.items()
+                if key not in self._broken or not self._broken[key].lasts(now)
+            }
         read = False
         for key, plan in wanted.items():
             try:
                 found = self._backend.definition(plan.options)
             except Unavailable as error:
                 with self._lock:
-                    self._pause(error)
+                    self._leave_alone(error)
                 raise
             except Rejected as error:
                 log.warning("definition cannot be read", job=plan.job.name, why=str(error))
@@ -77,19 +85,22 @@ class Definitions:
                 found = Definition() if known is None else known[0]
             except Exception:
                 log.exception("definition cannot be read; asked again", job=plan.job.name)
+                with self._lock:
+                    pause = self._broken.setdefault(key, Pause(LONGEST_PAUSE))
+                    pause.failed(self._monotonic())
                 continue
             read = True
             with self._lock:
                 self._known[key] = (found, self._monotonic())
                 self._wanted.pop(key, None)
-                self._failures = 0
+                self._broken.pop(key, None)
+                self._pause.answered()
         return read
 
-    def _pause(self, error: Unavailable) -> None:
+    def _leave_alone(self, error: Unavailable) -> None:
         """Ask again later, and the later the longer nobody answers."""
         if error.not_started:  # it does answer, or was not asked: the budget was used up
             seconds = error.retry_after.total_seconds() if error.retry_after else 1.0
+            self._pause.asked(self._monotonic(), seconds)
         else:
-            self._failures = min(self._failures + 1, 10)
-            seconds = 2.0**self._failures
-        self._not_before = self._monotonic() + min(LONGEST_PAUSE, seconds)
+            self._pause.failed(self._monotonic())

@@ -38,7 +38,15 @@ from dispatcher.documents import (
     result_prefix,
 )
 from dispatcher.engine.claiming import Claims
-from dispatcher.engine.place import Call, Ending, Place, Round, plain, report_breach
+from dispatcher.engine.place import (
+    Call,
+    Ending,
+    Place,
+    Round,
+    is_throttled,
+    plain,
+    report_breach,
+)
 from dispatcher.engine.plans import PlanCache
 from dispatcher.engine.settler import Settler
 from dispatcher.errors import DispatcherError, Unreachable
@@ -46,7 +54,7 @@ from dispatcher.judging import ASKED
 from dispatcher.planning import Waiting, fair_shares, pack
 from dispatcher.requests import Plan, audit_copy, launch_request, new_key
 from dispatcher.states import CancelKind, Outcome
-from dispatcher.storage import Storage
+from dispatcher.storage import LONGEST_SIGNED, Storage
 from dispatcher.store import Conflict, Store, again
 from dispatcher.store.rows import (
     Claimed,
@@ -69,10 +77,6 @@ MOST_CALLS: Final = 5
 LONGEST_HOLD: Final = 60.0
 """Seconds for which a target is not launched on after it has refused a call for now, at most;
 longer only if it says so itself."""
-
-SIGNED_FOR: Final = timedelta(days=7)
-"""How long a signed URL serves, which is the longest that providers sign for: tasks of a pack may
-wait for days until they start."""
 
 ROUND_BYTES: Final = 64 << 20
 """Items of one batch that a round of launches holds in memory, about."""
@@ -382,16 +386,10 @@ class Launcher:
                 reason=reason,
             )
         )
-        for call, launched in found:
-            if call.execution_id in moved:
-                continue
+        unwanted = [launched for call, launched in found if call.execution_id not in moved]
+        if unwanted:
             why = "its execution was given up before it was found"
-            if not place.backend.limits.relaunch_safe and self._claims.takes_over(
-                place, launched, why
-            ):
-                continue
-            if self._store.record_stray(place.target.name, launched, why):
-                log.warning("stray", target=place.target.name, handle=launched.handle)
+            self._claims.sort_out(place, unwanted, why)
 
     def look(self, place: Place, row: ExecutionRow) -> None:
         """Clear up an unknown launch: found → adopt; not there → end it, or call again."""
@@ -417,11 +415,11 @@ class Launcher:
         except Exception as error:  # noqa: BLE001 - whatever it is, it tells nothing
             report_breach(error, BackendError)
             self._store.postpone_look(row.id, min(30.0, 2.0 * 2 ** min(row.looks, 4)))
-            if not (isinstance(error, Unavailable) and error.not_started):
-                place.looks_failed(self._monotonic())
+            if not is_throttled(error):
+                place.looks.failed(self._monotonic())
                 place.went_down(f"{type(error).__name__}: {error}")
             return
-        place.look_failures = 0
+        place.looks.answered()
         if found is not None:
             self._adopt(place, [(call, found)], reason="found by its key")
             return
@@ -575,10 +573,8 @@ def _with_storage(place: Place, request: LaunchRequest) -> LaunchRequest:
     return replace(
         request,
         input_uri=uri,
-        result_uri=storage.uri(result_prefix(request)),
-        claim_uri=None
-        if place.backend.limits.relaunch_safe
-        else storage.uri(claim_path(request.key)),
+        result_uri=storage.uri(result_prefix(request.batch_id, request.key)),
+        claim_uri=None if place.claims is None else storage.uri(claim_path(request.key)),
     )
 
 
@@ -588,7 +584,8 @@ def _write_document(storage: Storage, request: LaunchRequest, text: bytes) -> st
     try:
         storage.create(path, text)
         if getattr(request.options, "signed_urls", False):
-            return storage.sign(path, method="GET", expires=SIGNED_FOR)
+            # Tasks of a pack may wait for days until they start.
+            return storage.sign(path, method="GET", expires=LONGEST_SIGNED)
     except Unreachable as error:
         raise _NoStorage(f"the storage does not answer: {error}") from error
     except DispatcherError as error:

@@ -18,6 +18,7 @@ from dispatcher.backends.base import (
     Unavailable,
 )
 from dispatcher.config import Target
+from dispatcher.pausing import Pause
 from dispatcher.requests import Plan
 from dispatcher.states import Outcome
 from dispatcher.storage import Storage
@@ -28,7 +29,16 @@ from dispatcher.watching import Watch
 if TYPE_CHECKING:
     from dispatcher.engine.definitions import Definitions
 
-__all__ = ["Call", "Ending", "Place", "Round", "boottime", "plain", "report_breach"]
+__all__ = [
+    "Call",
+    "Ending",
+    "Place",
+    "Round",
+    "boottime",
+    "is_throttled",
+    "plain",
+    "report_breach",
+]
 
 log = structlog.get_logger(__name__)
 
@@ -65,9 +75,8 @@ class Place:
 
     following: Lock = field(default_factory=Lock)
     poll_failures: int = 0
-    look_failures: int = 0
-    no_look_before: float = 0.0
-    """By the engine's clock: keys cannot be looked up now, so that nobody tries until then."""
+    looks: Pause = field(default_factory=lambda: Pause(LONGEST_PAUSE))
+    """Keys cannot be looked up now, so that nobody tries until it is over."""
 
     down: bool = True
     """Whether the row may say that it is down: at first it may, from a worker before this one."""
@@ -75,17 +84,16 @@ class Place:
     launches_fail: bool = True
     """The same of an outage that launches told of, which only a launch can end."""
 
+    @property
+    def claims(self) -> Storage | None:
+        """Where claims lie; None where the provider itself keeps a key to one execution."""
+        return None if self.backend.limits.relaunch_safe else self.storage
+
     def went_down(self, reason: str, *, resume_in: float | None = None) -> None:
         """Record that the target does not answer; hold its launches for a while if asked to."""
         self.down = True
         self.launches_fail = self.launches_fail or resume_in is not None
         self.store.target_down(self.target.name, plain(reason), resume_in=resume_in)
-
-    def looks_failed(self, now: float) -> None:
-        """Look no key up for a while, and the longer the longer nobody answers."""
-        if now >= self.no_look_before:  # those that fail together count once
-            self.look_failures = min(self.look_failures + 1, 10)
-            self.no_look_before = now + min(LONGEST_PAUSE, 2.0**self.look_failures)
 
     def came_up(self, *, launches: bool = False) -> None:
         """Record that the target answers again: launches, or only the reading of states."""
@@ -154,6 +162,11 @@ def plain(words: str) -> str:
     """Write what a provider says in characters that Postgres can keep."""
     words = words.replace("\0", "\N{REPLACEMENT CHARACTER}")
     return words.encode(errors="replace").decode()
+
+
+def is_throttled(error: BaseException | None) -> bool:
+    """Say if a call was refused for now: then the provider does answer."""
+    return isinstance(error, Unavailable) and error.not_started
 
 
 def report_breach(error: BaseException, *allowed: type[BaseException]) -> None:

@@ -16,10 +16,9 @@ from dispatcher.backends.base import (
     Phase,
     Rejected,
     Report,
-    Unavailable,
 )
 from dispatcher.engine.claiming import Claims
-from dispatcher.engine.place import Ending, Place, report_breach
+from dispatcher.engine.place import Ending, Place, is_throttled, report_breach
 from dispatcher.engine.settler import SETTLE_TASKS, Settler
 from dispatcher.errors import DispatcherError
 from dispatcher.polling import page_interval
@@ -102,7 +101,7 @@ class Poller:
             report_breach(error)
             place.poll_failures += 1
             place.watch.failed(page, now, place.poll_failures)
-            if not (isinstance(error, Unavailable) and error.not_started):
+            if not is_throttled(error):
                 place.went_down(str(error))  # else it answers, and asked for fewer calls
             return
         place.poll_failures = 0

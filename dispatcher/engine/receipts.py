@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
-from typing import Final
+from typing import Final, TypeAlias
 
 import structlog
 
+from dispatcher.documents import result_prefix
 from dispatcher.engine.place import Ending, Place
 from dispatcher.engine.plans import PlanCache
 from dispatcher.errors import DispatcherError, Unreachable
@@ -29,7 +30,7 @@ from dispatcher.storage import Storage, TooLarge, read_object
 from dispatcher.store import Store
 from dispatcher.store.rows import OpenTask
 
-__all__ = ["Found", "Listed", "ReceiptReader", "TaskPlace", "Told"]
+__all__ = ["Found", "Listed", "Reading", "ReceiptReader", "TaskPlace", "Told"]
 
 log = structlog.get_logger(__name__)
 
@@ -49,14 +50,10 @@ they are refused, and so 16 of them at once more than a worker has."""
 ROUND_BYTES: Final = 32 << 20
 """Bytes of receipts that are read in one round, about: as values they take several times that."""
 
-TaskPlace = tuple[int, int]
+TaskPlace: TypeAlias = tuple[int, int]
 """An execution's id and a task index."""
 
-Found = Mapping[TaskPlace, "Told"]
-"""What was found; a task that wrote nothing is not in it."""
-
-
-Listed = dict[str, Collection[str]]
+Listed: TypeAlias = dict[str, Collection[str]]
 """What tasks of an execution have written, by its key: listed once for all parts of a settle."""
 
 
@@ -73,6 +70,22 @@ class Told:
     """Whether that does not say that there is a receipt: it matters only where one is needed."""
 
 
+Found: TypeAlias = Mapping[TaskPlace, Told]
+"""What was found; a task that wrote nothing is not in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What came of a round of reading."""
+
+    found: dict[TaskPlace, Told] = field(default_factory=dict)
+    unread: set[TaskPlace] = field(default_factory=set)
+    """Tasks of which it cannot be said now: the storage does not answer."""
+
+    later: set[TaskPlace] = field(default_factory=set)
+    """Tasks that were left: what was read is enough for one round."""
+
+
 class ReceiptReader:
     """Finds and reads the receipts of tasks."""
 
@@ -85,14 +98,8 @@ class ReceiptReader:
         """Let the threads end."""
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    def read(
-        self, place: Place, endings: Sequence[Ending], listed: Listed
-    ) -> tuple[Found, set[TaskPlace]]:
-        """Read what the tasks of some endings wrote; `listed` keeps listings between calls.
-
-        Returns it, and the tasks of which it cannot be said now: the storage does not answer, or
-        what was read already is enough for one round.
-        """
+    def read(self, place: Place, endings: Sequence[Ending], listed: Listed) -> Reading:
+        """Read what the tasks of some endings wrote; `listed` keeps listings between calls."""
         ran = [one for one in endings if _may_have_written(one)]
         uris = {
             (one.execution_id, task.index): task.result_uri
@@ -101,7 +108,7 @@ class ReceiptReader:
             if task.result_uri is not None and task.result_uri.startswith("file://")
         }
         if not ran or (place.storage is None and not uris):
-            return {}, set()
+            return Reading()
         final = {one.execution_id for one in ran if one.final}
         ended = {(one.execution_id, task.index) for one in ran for task in one.tasks}
         with self._store.transaction() as tx:
@@ -145,46 +152,45 @@ class ReceiptReader:
         tasks: Sequence[OpenTask],
         uris: Mapping[tuple[int, int], str],
         listed: Listed,
-    ) -> tuple[Found, set[TaskPlace]]:
+    ) -> Reading:
         """Read all at once, as far as there is room; the rest is left for the next look."""
-        found: dict[TaskPlace, Told] = {}
+        reading = Reading()
         wanted: list[tuple[OpenTask, str | None, Collection[str] | None]] = []
-        unread: set[TaskPlace] = set()
         for group in _by_execution(tasks):
             try:
                 written = _written(storage, group, listed) if storage is not None else None
             except Unreachable as error:
                 log.warning("receipts cannot be listed now", key=group[0].key, why=str(error))
-                unread.update(map(_place, group))
+                reading.unread.update(map(_place, group))
                 continue
             except DispatcherError as error:
                 log.warning("receipts cannot be listed", key=group[0].key, why=str(error))
                 problem = Told(None, f"it cannot be looked for: {error}", foreign=True)
-                found.update((_place(task), problem) for task in group)
+                reading.found.update((_place(task), problem) for task in group)
                 continue
             wanted += [(task, uris.get(_place(task)), written) for task in group]
-        room = ROUND_BYTES
+        room, answers = ROUND_BYTES, True
         calls = [
             (one[0], self._readers.submit(_read_one, storage, *one))
             for one in wanted
             if one[1] is not None or storage is not None
         ]
         for task, call in calls:
-            if room <= 0:
+            if room <= 0 or not answers:
                 call.cancel()
-                unread.add(_place(task))
+                (reading.later if answers else reading.unread).add(_place(task))
                 continue
             try:
                 told = call.result()
             except Unreachable as error:
                 log.warning("a receipt cannot be read now", key=task.key, why=str(error))
-                unread.add(_place(task))
-                room = 0  # the others would wait as long, each of them
+                reading.unread.add(_place(task))
+                answers = False  # the others would wait as long, each of them
                 continue
             if told is not None:
                 room -= told.size
-                found[_place(task)] = told
-        return found, unread
+                reading.found[_place(task)] = told
+        return reading
 
 
 def _place(task: OpenTask) -> TaskPlace:
@@ -194,7 +200,7 @@ def _place(task: OpenTask) -> TaskPlace:
 def _progress(storage: Storage, task: OpenTask) -> tuple[int, int] | None:
     """Read how far a running task says it is; None if it does not, or cannot be read now."""
     expected = Expected(task.key, task.task_index, task.number, task.items)
-    path = f"results/{task.batch_id}/{task.key}/{progress_name(task.task_index)}"
+    path = result_prefix(task.batch_id, task.key) + progress_name(task.task_index)
     uri = storage.uri(path)
     try:
         data = storage.read(path, MAX_RECEIPT_BYTES)
@@ -233,7 +239,7 @@ def _written(storage: Storage, group: Sequence[OpenTask], listed: Listed) -> Col
         return listed[key]
     if len(group) == 1:
         return None
-    prefix = f"results/{group[0].batch_id}/{group[0].key}/"
+    prefix = result_prefix(group[0].batch_id, key)
     listed[key] = {one.path.removeprefix(prefix) for one in storage.list(prefix)}
     return listed[key]
 
@@ -278,5 +284,5 @@ def _places(
     if storage is not None:
         for name in (receipt_name(task.task_index), progress_name(task.task_index)):
             if written is None or name in written:
-                path = f"results/{task.batch_id}/{task.key}/{name}"
+                path = result_prefix(task.batch_id, task.key) + name
                 yield storage.uri(path), partial(storage.read, path)

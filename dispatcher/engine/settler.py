@@ -17,6 +17,7 @@ from dispatcher.backends.base import (
     TaskReport,
     Unavailable,
 )
+from dispatcher.engine.moving import Splits, move
 from dispatcher.engine.place import Ending, Place, plain
 from dispatcher.engine.plans import PlanCache
 from dispatcher.engine.receipts import Found, Listed, ReceiptReader, TaskPlace
@@ -25,7 +26,6 @@ from dispatcher.items import join_items, split_items
 from dispatcher.judging import beyond, judge, verdict
 from dispatcher.receipts import halves, open_positions, weigh
 from dispatcher.requests import Plan
-from dispatcher.retrying import decide
 from dispatcher.states import CancelKind, ChunkState, Outcome
 from dispatcher.store import Store, again
 from dispatcher.store.rows import (
@@ -48,9 +48,6 @@ SETTLE_RECEIPTS: Final = 500
 
 STORAGE_PATIENCE: Final = 900.0
 """Seconds for which an end waits for a storage that does not answer."""
-
-FREE_SPLITS: Final = 20
-"""Chunks of a batch that are split whatever comes of it; further ones need successes."""
 
 LOGGED_FAILURES: Final = 5
 """Log tails kept from one settle: enough to see why, within a provider's quota of log reads."""
@@ -90,12 +87,12 @@ class Settler:
         most = SETTLE_TASKS if place.storage is None else SETTLE_RECEIPTS
         listed: Listed = {}
         for part in _parts(endings, most):
-            found, unread = self._receipts.read(place, part, listed)
-            unread = self._still_waited_for(unread)
+            reading = self._receipts.read(place, part, listed)
+            unread = self._still_waited_for(reading.unread) | reading.later
             left |= {execution_id for execution_id, _ in unread}
             ready = list(_without(part, unread))
             if ready:
-                failed, unsettled = self._settle_part(place, ready, found)
+                failed, unsettled = self._settle_part(place, ready, reading.found)
                 left |= unsettled
                 for one in failed[:LOGGED_FAILURES]:
                     self._keep_log(place, one)
@@ -187,68 +184,28 @@ class Settler:
         bad = [c.attempt for c in closings if c.outcome is not Outcome.SUCCEEDED]
         tallies = self._store.tallies(tx, bad) if bad else {}
         rolls = {i: self._roll() for i in executions}
-        splitting: Counter[str] = Counter()
+        splits = {name: self._splits(tx, name, plans) for name in {a.batch_id for a in bad}}
         moved = []
         for closing in closings:
-            attempt, outcome = closing.attempt, closing.outcome
-            items_ok = attempt.items_ok + sum(result.ok for result in closing.results)
-            move = partial(MovedChunk, closing, items_ok=items_ok)
-            if outcome is Outcome.SUCCEEDED:
-                moved.append(
-                    MovedChunk(
-                        closing, ChunkState.SUCCEEDED, None, 0.0, None, items_ok=attempt.size
-                    )
-                )
-                continue
-            if items_ok == attempt.size:
-                reason = f"each of its items has succeeded; the last attempt: {closing.reason}"
-                moved.append(move(ChunkState.SUCCEEDED, reason, 0.0, None))
-                continue
-            cancel = batches.get(attempt.batch_id)
-            plan = plans.get(attempt.batch_id)
-            if cancel is not None or plan is None:
-                operator = cancel == CancelKind.OPERATOR
-                state = ChunkState.CANCELLED if operator else ChunkState.FAILED
-                moved.append(move(state, closing.reason, 0.0, None))
-                continue
-            tally = Counter(tallies.get((attempt.batch_id, attempt.chunk_index), {}))
-            tally[outcome] += 1
-            policy, left = plan.job.retry, attempt.size - items_ok
-            if attempt.depth and left > 1:
-                # Its parent has had all the tries; this one only looks where the fault is.
-                policy = policy.model_copy(update={"attempts": 1})
-            decision = decide(
-                policy, outcome, closing.exit_code, tally, rolls[attempt.execution_id]
+            attempt = closing.attempt
+            chunk = move(
+                closing,
+                plans.get(attempt.batch_id),
+                cancel=batches.get(attempt.batch_id),
+                tally=tallies.get((attempt.batch_id, attempt.chunk_index), {}),
+                roll=rolls[attempt.execution_id],
+                goes_on=attempt.execution_id not in ended,
+                splits=splits.get(attempt.batch_id, Splits(0, 0)),
             )
-            reason = f"{decision.reason}: {closing.reason}" if closing.reason else decision.reason
-            if decision.retry:
-                waits = plan.max_tasks > 1 and attempt.execution_id not in ended
-                hold = plan.job.retry.pack_wait.total_seconds() if waits else None
-                delay = decision.delay.total_seconds()
-                moved.append(move(ChunkState.PENDING, reason, delay, hold))
-            elif (
-                policy.on_failure == "split"
-                and left > 1
-                and _hides_the_fault(closing)
-                and self._may_split(tx, attempt.batch_id, splitting)
-            ):
-                splitting[attempt.batch_id] += 1
-                # Who reports item by item does them in their order: the first that was not
-                # reported is the one that was at work. If that was wrong, halves come next.
-                alone = closing.receipt is not None and attempt.depth % 2 == 0
-                moved.append(move(ChunkState.SPLIT, reason, 0.0, None, first_alone=alone))
-            else:
-                moved.append(move(ChunkState.FAILED, reason, 0.0, None))
+            moved.append(chunk)
         return moved
 
-    def _may_split(self, tx: sa.Connection, batch_id: str, splitting: Counter[str]) -> bool:
-        """Say if another chunk of a batch may be split: while nothing succeeds, parts tell nothing.
-
-        A broken image would else be tried once for each item, and twice for each part.
-        """
-        split, succeeded = self._store.splits(tx, batch_id)
-        split += splitting[batch_id]
-        return split < FREE_SPLITS or succeeded >= split
+    def _splits(self, tx: sa.Connection, batch_id: str, plans: Mapping[str, Plan]) -> Splits:
+        """Count what was split in a batch, where its job splits chunks at all."""
+        plan = plans.get(batch_id)
+        if plan is None or plan.job.retry.on_failure != "split":
+            return Splits(0, 0)
+        return Splits(*self._store.splits(tx, batch_id))
 
     def _split(self, tx: sa.Connection, moved: Sequence[MovedChunk]) -> None:
         """Write the chunks in which the items of split ones go on."""
@@ -366,13 +323,6 @@ def _with_receipt(closing: Closing, found: Found, plans: Mapping[str, Plan]) -> 
         results=receipt.items,
         receipt="complete" if receipt.complete else "partial",
     )
-
-
-def _hides_the_fault(closing: Closing) -> bool:
-    """Say if smaller chunks would tell more: the items that failed are not known by name."""
-    if closing.outcome in (Outcome.CANCELLED, Outcome.REJECTED):
-        return False
-    return closing.receipt != "complete"
 
 
 def _storable(task: TaskReport) -> TaskReport:

@@ -14,9 +14,10 @@ from dispatcher.backends.base import (
     Rejected,
     Unavailable,
 )
+from dispatcher.documents import STORED
 from dispatcher.engine.claiming import Claims
 from dispatcher.engine.launcher import Launcher
-from dispatcher.engine.place import READERS, Ending, Place, report_breach
+from dispatcher.engine.place import READERS, Ending, Place, is_throttled, report_breach
 from dispatcher.engine.settler import Settler, end_finished_batches
 from dispatcher.errors import DispatcherError, Unreachable
 from dispatcher.judging import ASKED
@@ -36,9 +37,6 @@ BUSY: Final = 1.0
 
 WAIT_AFTER_ERROR: Final = 30.0
 STRAYS_SINCE: Final = timedelta(days=7)
-
-STORED: Final = ("inputs/", "results/", "claims/")
-"""What lies in the storage, by prefix."""
 
 STORAGE_EVERY: Final = 3600.0
 """Seconds between two looks for what is old in the storage: a listing may be long."""
@@ -89,8 +87,8 @@ class Sweeper:
         calls = due.get("call", [])
         if calls:
             calls = calls[: self._launcher.calls_allowed(place, len(calls))]
-        looks = due.get("look", []) if self._monotonic() >= place.no_look_before else []
-        if place.look_failures:
+        looks = due.get("look", []) if not place.looks.lasts(self._monotonic()) else []
+        if place.looks.failures:
             looks = looks[:1]  # one is enough to find out whether it answers again
         for rows, step in (
             (due.get("cancel", []), self._cancel),
@@ -138,14 +136,14 @@ class Sweeper:
             error = call.exception()
             if error is not None:
                 failures.append(error)
-                if _is_throttled(error):
+                if is_throttled(error):
                     refused.append(execution_id)
         if refused:
             self._store.cancel_unsent(refused)
         for error in failures:
             report_breach(error, Rejected)
         for error in failures:
-            if not isinstance(error, Rejected) and not _is_throttled(error):
+            if not isinstance(error, Rejected) and not is_throttled(error):
                 place.went_down(str(error))
                 break
         place.watch.hurry(wanted, self._monotonic())
@@ -189,27 +187,18 @@ class Sweeper:
 
     def strays(self, place: Place) -> None:
         """Cancel what runs on a target under our label and belongs to no live execution."""
-        target = place.target.name
         with self._store.transaction() as tx:
             instance = self._store.instance(tx)
         since = datetime.now(UTC) - STRAYS_SINCE
         try:
             running = list(place.backend.strays(instance, since))
         except BackendError as error:
-            if not _is_throttled(error):
+            if not is_throttled(error):
                 place.went_down(str(error))
             return
         place.down = True  # another worker may have said so, and nobody else may ask soon
         place.came_up()
-        known = self._store.known_keys([found.key for found in running])
-        for found in running:
-            state, handle = known.get(found.key, ("ended", None))
-            if state == "ended" or (handle is not None and handle != found.handle):
-                reason = "it runs and no open execution owns it"
-                if self._claims.takes_over(place, found, reason):
-                    continue
-                if self._store.record_stray(target, found, reason):
-                    log.warning("stray", target=target, handle=found.handle)
+        self._claims.sort_out(place, running, "it runs and no open execution owns it")
 
     def clean(self, place: Place) -> int:
         """Remove what finished executions have left, there and in the storage; say how much."""
@@ -233,8 +222,3 @@ class Sweeper:
             except DispatcherError as error:
                 log.info("storage not cleaned", prefix=prefix, why=str(error))
         return removed
-
-
-def _is_throttled(error: BaseException) -> bool:
-    """Say if a call was refused for now: then the provider does answer."""
-    return isinstance(error, Unavailable) and error.not_started

@@ -453,8 +453,9 @@ def test_receipts_are_read_at_the_same_time(make: Make, tmp_path: Path) -> None:
     assert Slow.most > 1
 
 
-def test_what_is_too_much_for_one_round_is_settled_in_the_next(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", [6, 1000])
+def test_what_is_too_much_for_one_round_is_settled_in_the_next_however_late_that_comes(
+    make: Make, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     monkeypatch.setattr(receipts_module, "ROUND_BYTES", 1)
     bench, containers = make(options={"max_tasks": 5, "parallelism": 5})
@@ -464,7 +465,7 @@ def test_what_is_too_much_for_one_round_is_settled_in_the_next(
     bench.turn(1)
     ended = [state for state in states(bench, batch).values() if state == "succeeded"]
     assert len(ended) == 1, "one receipt fills the room"
-    assert bench.finish(batch, step=6).state == "succeeded"
+    assert bench.finish(batch, step=step).state == "succeeded"
     assert all(one.told for one in bench.dispatcher.items(batch.id))
 
 
