@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from dispatcher.budget import Bucket
 from dispatcher.errors import UnknownBatch
 from dispatcher.redaction import redact
-from dispatcher.states import BatchState, ChunkState, Outcome
+from dispatcher.states import FINAL_CHUNK, BatchState, ChunkState, Outcome
 from dispatcher.store import Store
 
 __all__ = [
@@ -84,23 +84,24 @@ class BatchView:
     """Chunks by state; states without a chunk are left out."""
 
     @property
+    def done(self) -> int:
+        """How many of its chunks are final; of a chunk that was split, its parts count."""
+        return sum(self.counts.get(s, 0) for s in FINAL_CHUNK - {ChunkState.SPLIT})
+
+    @property
     def progress(self) -> float:
         """The part of its chunks that are final, from 0.0 to 1.0."""
         if self.state is BatchState.PLANNING:
             return 0.0
         if not self.chunk_count:
             return 1.0
-        final = sum(self.counts.get(s, 0) for s in (*_FINAL,))
-        return final / self.chunk_count
+        return self.done / self.chunk_count
 
     @property
     def finished(self) -> bool:
         """Whether it is in a final state."""
         return self.finished_at is not None
 
-
-_FINAL: Final = (ChunkState.SUCCEEDED, ChunkState.FAILED, ChunkState.CANCELLED)
-"""Those that count: of a chunk that was split, its parts do."""
 
 _BATCH: Final = """
     b.id, b.key, b.job_name, b.target, b.state, b.reason, b.params, b.labels, b.priority, b.actor,

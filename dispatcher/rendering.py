@@ -74,7 +74,6 @@ _STYLES: Final = {
         ("timed_out", "out_of_memory", "start_failed", "rejected", "lost", "preempted"), "red"
     ),
 }
-_FINAL: Final = (ChunkState.SUCCEEDED, ChunkState.FAILED, ChunkState.CANCELLED)
 _GAP: Final = "  "
 
 
@@ -193,7 +192,7 @@ class _Bar:
             self._task,
             description=f"{batch.id} {batch.state}",
             total=batch.chunk_count,
-            completed=_done(batch),
+            completed=batch.done,
             counts=_counts_text(batch),
         )
 
@@ -262,15 +261,11 @@ def progress_text(batch: BatchView) -> str:
         return "not planned yet"
     if not batch.chunk_count:
         return "no chunks"
-    return f"{_done(batch)}/{batch.chunk_count} chunks: {_counts_text(batch)}"
+    return f"{batch.done}/{batch.chunk_count} chunks: {_counts_text(batch)}"
 
 
 def _counts_text(batch: BatchView) -> str:
     return ", ".join(f"{n} {state}" for state in ChunkState if (n := batch.counts.get(state)))
-
-
-def _done(batch: BatchView) -> int:
-    return sum(batch.counts.get(state, 0) for state in _FINAL)
 
 
 def summary(batch: BatchView, now: datetime) -> str:
