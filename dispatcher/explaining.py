@@ -29,6 +29,7 @@ from dispatcher.queries import (
     TargetView,
     WorkerView,
 )
+from dispatcher.receipts import STORAGE_PATIENCE
 from dispatcher.retrying import APPLICATION, CAPACITY, INFRASTRUCTURE
 from dispatcher.states import BatchState, CancelKind, ChunkState, Outcome
 from dispatcher.store import Store
@@ -356,7 +357,7 @@ def _moving(case: _Case, live: Mapping[str, Live]) -> Iterator[Point]:
                 "oldest_since": since,
             },
         )
-    for what in ("starting", "calling", "throttled", "unknown", "absent", "cancelling"):
+    for what in ("starting", "calling", "throttled", "unknown", "absent", "unread", "cancelling"):
         one = live.get(what)
         if one is not None:
             who = _executions(one.executions) if one.executions > 1 else "One execution"
@@ -523,6 +524,15 @@ def _situation(case: _Case, one: Live, who: str) -> Point:
             "for its grace, it counts as lost after a last cancel."
         )
         facts |= {"absent_since": one.absent_since, "handle": one.handle}
+    elif one.what == "unread":
+        since = one.unread_since or now
+        text = (
+            f"{who} {are} waiting for the storage, which does not answer since {ago(since, now)}: "
+            f"tasks of target {target} have ended, and their receipts cannot be read. "
+            f"{span(STORAGE_PATIENCE)} after its end, what the provider says of a task counts "
+            "without."
+        )
+        facts |= {"unread_since": one.unread_since, "handle": one.handle}
     else:
         step, more = _cancel_step(one, now)
         asked = ago(one.cancel_requested_at or now, now)
@@ -532,6 +542,7 @@ def _situation(case: _Case, one: Live, who: str) -> Point:
             CancelKind.OPERATOR: "the batch was cancelled",
             CancelKind.BATCH_DEADLINE: "the batch's deadline passed",
             CancelKind.INVALID: "its job cannot be run",
+            CancelKind.SUCCESS_POLICY: "the batch can no longer succeed",
             CancelKind.STRAY: "no attempt belongs to it",
         }[CancelKind(one.cancel_kind or CancelKind.STRAY)]
         text = f"{who} {are} being ended since {asked}, as {why}; {step}."

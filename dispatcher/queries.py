@@ -491,7 +491,7 @@ class Live(NamedTuple):
     """The live executions of a batch that are in one situation, and the oldest of them."""
 
     what: str
-    """calling, throttled, unknown, starting, running, absent or cancelling."""
+    """calling, throttled, unknown, starting, running, absent, unread or cancelling."""
 
     executions: int
     tasks: int
@@ -515,6 +515,7 @@ class Live(NamedTuple):
     started_at: datetime | None
     deadline: datetime | None
     absent_since: datetime | None
+    unread_since: datetime | None
     cancel_requested_at: datetime | None
     cancel_kind: str | None
     cancel_calls: int
@@ -652,14 +653,15 @@ def live(store: Store, batch_id: str, execution_id: int | None = None) -> dict[s
                 (sum(least(e.open_tasks, e.parallelism)) OVER (PARTITION BY w.what))::int,
                 e.id, e.key, e.state, e.handle, e.worker, e.reason, e.calls, e.looks, e.intent_at,
                 e.call_by, e.next_call_at, e.next_look_at, e.launched_at, e.start_deadline,
-                e.started_at, e.deadline, e.absent_since, e.cancel_requested_at, e.cancel_kind,
-                e.cancel_calls, e.next_cancel_at,
+                e.started_at, e.deadline, e.absent_since, e.unread_since, e.cancel_requested_at,
+                e.cancel_kind, e.cancel_calls, e.next_cancel_at,
                 (
                     SELECT min(a.chunk_index) FROM dispatcher.attempt a
                     WHERE a.execution_id = e.id AND a.outcome IS NULL
                 )
             FROM dispatcher.execution e CROSS JOIN LATERAL (
                 SELECT CASE
+                    WHEN e.unread_since IS NOT NULL THEN 'unread'
                     WHEN e.cancel_requested_at IS NOT NULL THEN 'cancelling'
                     WHEN e.state = 'unknown' THEN 'unknown'
                     WHEN e.state = 'intended' AND e.next_call_at IS NOT NULL THEN 'throttled'

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final
 
 from dispatcher.states import Outcome
@@ -18,6 +19,7 @@ from dispatcher.states import Outcome
 __all__ = [
     "MAX_RECEIPT_BYTES",
     "PROGRESS",
+    "STORAGE_PATIENCE",
     "Expected",
     "InvalidReceipt",
     "ItemResult",
@@ -29,6 +31,9 @@ __all__ = [
     "receipt_name",
     "weigh",
 ]
+
+STORAGE_PATIENCE: Final = timedelta(minutes=15)
+"""How long the end of a task waits for a storage that does not answer."""
 
 MAX_RECEIPT_BYTES: Final = 16 << 20
 """A larger receipt is refused unread; the helper writes none."""

@@ -52,7 +52,7 @@ CODE_VERSION: Final = 3
 """Raised when rows change their meaning. A worker of an older version than the database's
 `installation.oldest_code` refuses to start, and one leaves rows of a newer version alone."""
 
-REVISION: Final = "0003"
+REVISION: Final = "0004"
 """The newest migration; they are numbered, so a database's is older or newer by its number."""
 
 READ_ONLY: Final = "25006"
@@ -323,6 +323,11 @@ execution = sa.Table(
     _time("finished_at"),
     sa.Column("reason", sa.Text),
     _one_of("state", ExecutionState),
+    sa.Column(
+        "unread_since",
+        sa.DateTime(timezone=True),
+        comment="tasks have ended whose receipts cannot be read",
+    ),
     _finished([ExecutionState.ENDED]),
     sa.CheckConstraint("open_tasks BETWEEN 0 AND tasks", name="open_tasks"),
     sa.CheckConstraint("state <> 'launched' OR handle IS NOT NULL", name="launched_has_handle"),

@@ -199,6 +199,7 @@ CREATE TABLE dispatcher.execution (
     cancel_calls integer DEFAULT 0 NOT NULL,
     finished_at timestamp with time zone,
     reason text,
+    unread_since timestamp with time zone,
     CONSTRAINT execution_cancel_has_kind CHECK (((cancel_requested_at IS NULL) = (cancel_kind IS NULL))),
     CONSTRAINT execution_cancel_kind CHECK ((cancel_kind = ANY (ARRAY['batch_deadline'::text, 'invalid'::text, 'operator'::text, 'start_timeout'::text, 'stray'::text, 'success_policy'::text, 'timeout'::text]))),
     CONSTRAINT execution_ended_is_settled CHECK (((state <> 'ended'::text) OR (open_tasks = 0))),
@@ -215,6 +216,7 @@ COMMENT ON COLUMN dispatcher.execution.worker IS 'who made the last launch call'
 COMMENT ON COLUMN dispatcher.execution.calls IS 'launch calls';
 COMMENT ON COLUMN dispatcher.execution.looks IS 'finds in a row';
 COMMENT ON COLUMN dispatcher.execution.cancel_kind IS 'what asked for its end; beats the provider''s word';
+COMMENT ON COLUMN dispatcher.execution.unread_since IS 'tasks have ended whose receipts cannot be read';
 ALTER TABLE dispatcher.execution ALTER COLUMN id ADD GENERATED ALWAYS AS IDENTITY (
     SEQUENCE NAME dispatcher.execution_id_seq
     START WITH 1

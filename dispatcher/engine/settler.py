@@ -24,7 +24,7 @@ from dispatcher.engine.receipts import Found, Listed, ReceiptReader, TaskPlace
 from dispatcher.errors import DispatcherError
 from dispatcher.items import join_items, split_items
 from dispatcher.judging import beyond, judge, verdict
-from dispatcher.receipts import halves, open_positions, weigh
+from dispatcher.receipts import STORAGE_PATIENCE, halves, open_positions, weigh
 from dispatcher.requests import Plan
 from dispatcher.states import CancelKind, ChunkState, Outcome
 from dispatcher.store import Store, again
@@ -45,9 +45,6 @@ SETTLE_TASKS: Final = 2_000
 
 SETTLE_RECEIPTS: Final = 500
 """The same where receipts are read: each may tell of many items."""
-
-STORAGE_PATIENCE: Final = 900.0
-"""Seconds for which an end waits for a storage that does not answer."""
 
 LOGGED_FAILURES: Final = 5
 """Log tails kept from one settle: enough to see why, within a provider's quota of log reads."""
@@ -88,7 +85,8 @@ class Settler:
         listed: Listed = {}
         for part in _parts(endings, most):
             reading = self._receipts.read(place, part, listed)
-            unread = self._still_waited_for(reading.unread) | reading.later
+            waited_for = self._still_waited_for(reading.unread)
+            unread = waited_for | reading.later
             left |= {execution_id for execution_id, _ in unread}
             ready = list(_without(part, unread))
             if ready:
@@ -96,6 +94,8 @@ class Settler:
                 left |= unsettled
                 for one in failed[:LOGGED_FAILURES]:
                     self._keep_log(place, one)
+            if waited_for:  # after what was settled of the same executions, which takes it back
+                again(partial(self._store.mark_unread, sorted({i for i, _ in waited_for})))
         return left
 
     def _still_waited_for(self, unread: set[TaskPlace]) -> set[TaskPlace]:
@@ -103,13 +103,13 @@ class Settler:
 
         After that long the provider's word decides, and where a receipt is required, its lack.
         """
-        now = self._monotonic()
+        now, patience = self._monotonic(), STORAGE_PATIENCE.total_seconds()
         for task in self._waited.keys() - unread:
-            if now - self._waited[task] > 2 * STORAGE_PATIENCE:
+            if now - self._waited[task] > 2 * patience:
                 del self._waited[task]
         for task in unread:
             self._waited.setdefault(task, now)
-        given_up = {task for task in unread if now - self._waited[task] > STORAGE_PATIENCE}
+        given_up = {task for task in unread if now - self._waited[task] > patience}
         if given_up:
             log.error("receipts are given up: the storage does not answer", tasks=len(given_up))
         return unread - given_up

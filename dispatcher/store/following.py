@@ -90,6 +90,26 @@ class FollowStore(BaseStore):
                 actor=self.actor,
             )
 
+    def mark_unread(self, ids: Sequence[int]) -> None:
+        """Record since when the receipts of tasks that have ended cannot be read."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                WITH e AS (
+                    UPDATE dispatcher.execution SET unread_since = now()
+                    WHERE id = ANY(:ids) AND state = 'launched' AND unread_since IS NULL
+                    RETURNING id, batch_id
+                )
+                INSERT INTO dispatcher.event (at, actor, kind, batch_id, execution_id, reason)
+                SELECT now(), :actor, 'execution', batch_id, id,
+                    'receipts of it cannot be read: the storage does not answer'
+                FROM e
+                """,
+                ids=list(ids),
+                actor=self.actor,
+            )
+
     def mark_present(self, ids: Sequence[int]) -> None:
         """Take back an absence: it was seen again."""
         with self.transaction() as tx:

@@ -393,6 +393,7 @@ class SettleStore(BaseStore):
                     next_call_at = CASE WHEN n.ended THEN NULL ELSE e.next_call_at END,
                     next_look_at = CASE WHEN n.ended THEN NULL ELSE e.next_look_at END,
                     reason = coalesce(n.reason, e.reason),
+                    unread_since = NULL,
                     started_at = coalesce(e.started_at, n.started_at)
                 FROM n WHERE e.id = n.id
                 RETURNING e.id, e.batch_id, n.ended, n.reason

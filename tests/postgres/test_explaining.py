@@ -603,6 +603,21 @@ def test_a_cancel_says_who_asked_when_and_what_is_confirmed(bench: Bench) -> Non
     )
 
 
+def test_a_batch_that_can_no_longer_succeed_is_being_ended(make_bench: MakeBench) -> None:
+    success = {"max_failed_chunks": 0, "stop_early": True}
+    bench = make_bench(job(success=success, retry={"attempts": 1}))
+    awake(bench)
+    bad = Ending(Outcome.FAILED, exit_code=1)
+    bench.world.script = lambda _batch, chunk, _attempt: bad if chunk == 0 else LONG
+    batch = bench.enqueue(range(2))
+    bench.turn()
+    bench.world.fail_next("cancel", Fault.UNAVAILABLE, times=9)
+    bench.turn(2)
+    bench.follow()
+    assert "the batch can no longer succeed" in text(told(bench, batch, 1), "cancelling")
+    assert "1 of 1 chunks failed" in text(told(bench, batch), "cancelling")
+
+
 def test_a_cancelled_launch_that_is_unclear_is_only_looked_for(bench: Bench) -> None:
     awake(bench)
     bench.script(LONG)

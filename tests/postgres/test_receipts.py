@@ -16,6 +16,7 @@ from dispatcher.backends.base import LaunchRequest, TaskInput
 from dispatcher.client import Batch
 from dispatcher.engine import receipts as receipts_module
 from dispatcher.errors import Unreachable
+from dispatcher.explaining import explain
 from dispatcher.receipts import Expected, InvalidReceipt, read_receipt
 from dispatcher.states import Outcome
 from dispatcher.storage import Storage
@@ -416,9 +417,18 @@ def test_while_the_storage_does_not_answer_nothing_is_decided(make: Make, tmp_pa
     for _ in range(3):
         bench.turn(6)
     assert states(bench, batch) == {0: "running", 1: "running"}
+    for chunk in (None, 0):
+        assert (
+            "waiting for the storage, which does not answer since 12 s ago"
+            in explain(bench.store, batch.id, chunk).text
+        )
+    assert [e.reason for e in bench.dispatcher.events(batch.id) if e.reason] == [
+        "receipts of it cannot be read: the storage does not answer"
+    ], "said once"
     storage.down = False
     bench.turn(6)
     assert states(bench, batch) == {0: "succeeded", 1: "pending"}
+    assert bench.sql("SELECT unread_since FROM dispatcher.execution") == [None]
 
 
 def test_a_storage_that_stays_away_holds_no_end_up_for_ever(make: Make, tmp_path: Path) -> None:

@@ -532,7 +532,7 @@ def test_a_database_at_an_older_revision_is_behind(
     with pytest.raises(SchemaMismatch) as told:
         check(engine)
     assert str(told.value) == (
-        "the database is at revision 0003 and this code needs 0099: run `dispatcher db upgrade`"
+        "the database is at revision 0004 and this code needs 0099: run `dispatcher db upgrade`"
     )
 
 
