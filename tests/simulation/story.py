@@ -44,6 +44,7 @@ from dispatcher.client import Dispatcher
 from dispatcher.config import Config, Target
 from dispatcher.engine import Engine
 from dispatcher.errors import DispatcherError, IdempotencyConflict, NotAllowed
+from dispatcher.explaining import explain
 from dispatcher.job import Job
 from dispatcher.settings import Settings
 from dispatcher.states import Outcome
@@ -58,6 +59,7 @@ __all__ = [
     "Continue",
     "Database",
     "Enqueue",
+    "Explain",
     "Fails",
     "Follow",
     "Launch",
@@ -111,6 +113,16 @@ JOBS: Final = {
                 "retry": {"attempts": 1, "initial": "5s", "exit_codes": {}},
                 "limits": {"running": 2, "per_batch": 1},
                 "options": {"max_tasks": 2, "parallelism": 2},
+            },
+            {
+                "name": "halved",
+                "timeout": "60s",
+                "start_timeout": "30s",
+                "deadline": "10m",
+                "retry": {"attempts": 2, "initial": "5s", "on_failure": "split"},
+                "success": {"max_failed_items": 1},
+                "options": {"max_tasks": 2, "parallelism": 2},
+                "chunk": {"size": 3},
             },
         )
     )
@@ -237,6 +249,13 @@ class Retry(Step):
     batch: int = 0
     everything: bool = False
     die: At | None = None
+
+
+@dataclass(frozen=True)
+class Explain(Step):
+    """Somebody asks why a batch, and each chunk of it, is where it is."""
+
+    batch: int = 0
 
 
 @dataclass(frozen=True)
@@ -663,6 +682,8 @@ class Story:
                     self._ask(die, lambda: self._client().cancel(self._batch(batch)))
                 case Retry(batch, everything, die):
                     self._ask(die, lambda: self._retry(batch, everything=everything))
+                case Explain(batch):
+                    self._act(Run(self.app, lambda: self._explain(batch)))
                 case Fails(verb, fault, times, after):
                     wait = None if after is None else timedelta(seconds=after)
                     self.world.fail_next(verb, fault, times=times, retry_after=wait)
@@ -727,6 +748,17 @@ class Story:
             self._client().retry(self._batch(number), failed_only=not everything)
         except NotAllowed:
             return
+
+    def _explain(self, number: int) -> None:
+        """See that there is an answer for everything, and that it leaves nothing out."""
+        if not self.batches:
+            return
+        batch_id, store = self._batch(number), self._client()._store
+        chunks = list(self._client().chunks(batch_id))
+        for chunk in (None, *(one.index for one in chunks)):
+            answer = explain(store, batch_id, chunk)
+            assert answer.text, f"no answer for {batch_id}/{chunk}"
+            assert "moved on at this very moment" not in answer.text, answer.text
 
     def _at_the_provider(self, step: Step) -> None:
         world, now = self.world, self.now.timestamp()

@@ -20,6 +20,7 @@ from simulation.story import (
     Continue,
     Database,
     Enqueue,
+    Explain,
     Fails,
     Follow,
     Launch,
@@ -89,7 +90,7 @@ PROVIDERS = st.builds(
 
 ENQUEUE = st.builds(
     Enqueue,
-    job=st.sampled_from(["single", "packed", "limited"]),
+    job=st.sampled_from(["single", "packed", "limited", "halved"]),
     items=st.integers(0, 6),
     key=seldom(st.sampled_from(["k1", "k2"])),
     die=CLIENT_DIES,
@@ -141,6 +142,7 @@ ALONE: st.SearchStrategy[Step] = st.one_of(
     st.builds(Retry, NUMBER, everything=st.booleans(), die=CLIENT_DIES),
     st.builds(Vanish, NUMBER),
     st.builds(ConsoleCancel, NUMBER),
+    st.builds(Explain, NUMBER),
 )
 
 # Chance alone seldom leads to the places where it gets difficult: a launch in trouble, looked for
@@ -176,6 +178,7 @@ WATCHED = st.one_of(
     st.tuples(st.builds(Vanish, NUMBER), LONG, FOLLOW),
     st.tuples(st.builds(ConsoleCancel, NUMBER), LONG, FOLLOW),
     st.tuples(LONG, FOLLOW),
+    st.tuples(st.builds(Explain, NUMBER)),
 )
 FOLLOWED: st.SearchStrategy[tuple[Step, ...]] = st.builds(
     lambda asked, turn, parts: (asked, turn, *(step for part in parts for step in part)),

@@ -33,7 +33,7 @@ QUICK: Final = " UNION ALL ".join(
 """All of `lifecycle.py`'s statements in one round trip."""
 
 LIVE: Final = ("intended", "unknown", "launched")
-FINAL: Final = ("succeeded", "failed", "cancelled")
+FINAL: Final = ("succeeded", "failed", "cancelled", "split")
 BY_OPERATOR: Final = "retry"
 
 
