@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias
 
 import pytest
 import yaml
-from buckets import serve_gcs
+from buckets import serve_gcs, serve_s3
 from typer.testing import CliRunner
 
 from dispatcher import Batch, container
@@ -79,11 +79,13 @@ CLOUD: Final = {
 }
 
 
-def install(site: Site, target: dict[str, Any], job: dict[str, Any]) -> Storage:
+def install(
+    site: Site, target: dict[str, Any], job: dict[str, Any], url: str | None = None
+) -> Storage:
     """Write the jobs file, and give the workers a storage."""
     jobs = {"targets": {"here": target}, "jobs": {"work": {"target": "here", **job}}}
     site.write_jobs(yaml.safe_dump(jobs))
-    storage = Storage((site.folder / "storage").as_uri())
+    storage = Storage(url or (site.folder / "storage").as_uri())
     site.environment["DISPATCHER_STORAGE_URL"] = storage.url
     return storage
 
@@ -137,19 +139,32 @@ def contain(start: TaskStart) -> TaskEnd:
 
 @contextmanager
 def local(site: Site) -> Iterator[Storage]:
-    yield install(
-        site,
-        {"backend": "local", "spool": str(site.folder / "spool"), "max_running": 4},
-        {
+    """Processes of this machine, with receipts in a bucket."""
+    with serve_s3() as (url, _), pytest.MonkeyPatch.context() as patch:
+        platform = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "anyone",
+            "AWS_SECRET_ACCESS_KEY": "anything",
+            "AWS_REGION": "us-east-1",
+        }
+        for name, value in platform.items():
+            patch.setenv(name, value)
+        site.environment.update(platform)
+        job = {
             **JOB,
             "command": image(site, PROGRAM),
+            "env": platform,
             "options": {"max_tasks": 25, "parallelism": 2},
-        },
-    )
+        }
+        spool = str(site.folder / "spool")
+        target = {"backend": "local", "spool": spool, "max_running": 4}
+        yield install(site, target, job, "s3://bucket/here")
 
 
 @contextmanager
 def cloud(site: Site) -> Iterator[Storage]:
+    """Tasks of the emulator, with receipts in files."""
     with CloudRunEmulator(script=contain) as emulator:
         emulator.world.define("project-1", "europe-west1", "etl")
         yield install(
