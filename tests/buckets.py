@@ -146,6 +146,17 @@ def serve_gcs() -> Iterator[FakeGcs]:
             thread.join()
 
 
+def s3_platform(url: str) -> dict[str, str]:
+    """Give the variables that lead every client of S3 to `serve_s3`."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "anyone",
+        "AWS_SECRET_ACCESS_KEY": "anything",
+        "AWS_REGION": "us-east-1",
+    }
+
+
 @contextmanager
 def serve_s3() -> Iterator[tuple[str, Any]]:
     """Run moto's S3 on loopback with one bucket, `bucket`: its URL, and a client of boto3."""

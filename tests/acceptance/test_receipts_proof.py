@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias
 
 import pytest
 import yaml
-from buckets import serve_gcs, serve_s3
+from buckets import s3_platform, serve_gcs, serve_s3
 from typer.testing import CliRunner
 
 from dispatcher import Batch, container
@@ -141,13 +141,7 @@ def contain(start: TaskStart) -> TaskEnd:
 def local(site: Site) -> Iterator[Storage]:
     """Processes of this machine, with receipts in a bucket."""
     with serve_s3() as (url, _), pytest.MonkeyPatch.context() as patch:
-        platform = {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "anyone",
-            "AWS_SECRET_ACCESS_KEY": "anything",
-            "AWS_REGION": "us-east-1",
-        }
+        platform = s3_platform(url)
         for name, value in platform.items():
             patch.setenv(name, value)
         site.environment.update(platform)

@@ -21,7 +21,7 @@ import pytest
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
-from buckets import FakeGcs, serve_gcs, serve_s3
+from buckets import FakeGcs, serve_gcs
 
 from dispatcher import container
 from dispatcher.container import (
@@ -51,20 +51,12 @@ def _bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     container._regions.clear()
 
 
-@pytest.fixture(scope="module")
-def moto() -> Iterator[tuple[str, Any]]:
-    with serve_s3() as served:
-        yield served
-
-
 @pytest.fixture
-def s3(moto: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    url, client = moto
+def s3(s3_bucket: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    url, client = s3_bucket
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-    for found in client.list_objects_v2(Bucket="bucket").get("Contents", []):
-        client.delete_object(Bucket="bucket", Key=found["Key"])
     return client
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from buckets import FakeGcs, serve_gcs, serve_s3
+from buckets import FakeGcs, s3_platform, serve_gcs
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -26,22 +26,11 @@ from dispatcher.storage import MAX_OBJECT_BYTES, Storage, StorageRefused, TooLar
 AN_HOUR = timedelta(hours=1)
 
 
-@pytest.fixture(scope="module")
-def moto() -> Iterator[tuple[str, Any]]:
-    with serve_s3() as served:
-        yield served
-
-
 @pytest.fixture
-def s3(moto: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    url, client = moto
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    for found in client.list_objects_v2(Bucket="bucket").get("Contents", []):
-        client.delete_object(Bucket="bucket", Key=found["Key"])
+def s3(s3_bucket: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    url, client = s3_bucket
+    for name, value in s3_platform(url).items():
+        monkeypatch.setenv(name, value)
     return client
 
 
