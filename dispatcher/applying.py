@@ -5,7 +5,7 @@ A backend that can do so is `Definable`. Nothing is shown, and nobody is asked, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,16 +34,17 @@ def compare(config: Config, names: Sequence[str]) -> list[Defined]:
     """Compare the definitions of these jobs, or of all that have one.
 
     Raises:
+        InvalidInput: two jobs want one definition to be different things.
         UnknownJob: there is no such job.
         InvalidInput: a job that is named has no definition, or its target takes none.
         ConfigurationError: a provider refuses to be asked.
         Unreachable: a provider does not answer.
     """
-    backends: dict[str, Backend] = {}
+    asked = [config.job(name) for name in dict.fromkeys(names)] or list(config.jobs.values())
+    backends = {job.target: make_backend(config.targets[job.target]) for job in asked}
+    _refuse_two_wills(config, backends)
     found = []
-    for job in [config.job(name) for name in dict.fromkeys(names)] or config.jobs.values():
-        if job.target not in backends:
-            backends[job.target] = make_backend(config.targets[job.target])
+    for job in asked:
         backend = backends[job.target]
         options = backend.Options.model_validate(job.options)
         changes = None
@@ -71,6 +72,26 @@ def write(defined: Defined) -> str:
     """
     with _worded(defined.job):
         return defined.backend.apply(defined.job, defined.options)
+
+
+def _refuse_two_wills(config: Config, backends: Mapping[str, Backend]) -> None:
+    """See that no definition would be written by one job, and written over by the next."""
+    first: dict[str, tuple[Job, BaseModel]] = {}
+    for job in config.jobs.values():
+        backend = backends.get(job.target)
+        if not isinstance(backend, Definable):
+            continue
+        wanted = backend.wanted(backend.Options.model_validate(job.options))
+        if wanted is None:
+            continue
+        name, will = wanted
+        other, its = first.setdefault(name, (job, will))
+        if its != will:
+            raise InvalidInput(
+                f"jobs {other.name} and {job.name} define {name} differently, so each would undo "
+                "what the other applies: give both the same options.definition, or leave it to one "
+                "of them, or name different jobs of the provider"
+            )
 
 
 @contextmanager

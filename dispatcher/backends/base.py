@@ -429,6 +429,13 @@ class Backend(Protocol):
 class Definable(Protocol):
     """A backend that can also write the definition which a job names: `dispatcher apply`."""
 
+    def wanted(self, options: BaseModel) -> tuple[str, BaseModel] | None:
+        """Name the definition at the provider, and what the job wants it to be; None if nothing.
+
+        Nobody is asked. Jobs that share a name must want the same.
+        """
+        ...
+
     def changes(self, job: Job, options: BaseModel) -> Sequence[Change] | None:
         """Compare the job's `definition` with what is there; None if the job has none.
 

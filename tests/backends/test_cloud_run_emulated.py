@@ -937,6 +937,27 @@ def test_apply_refuses_a_job_without_a_definition_by_name(cloud: Cloud, jobs_fil
     assert code == 4
 
 
+@pytest.mark.parametrize(
+    ("image", "container", "refused"),
+    [("img:2", None, True), ("img:1", None, False), ("img:2", "sidecar", False)],
+    ids=["differently", "alike", "another container"],
+)
+def test_apply_refuses_jobs_that_would_undo_each_others_definition(
+    cloud: Cloud, jobs_file: str, image: str, container: str | None, *, refused: bool
+) -> None:
+    document = json.loads(Path(jobs_file).read_text())
+    options: dict[str, Any] = {"job": "nightly-etl", "definition": {**DEFINITION, "image": image}}
+    if container is not None:
+        options["container"] = container
+    document["jobs"]["weekly"] = {"target": "cloud", "options": options}
+    Path(jobs_file).write_text(json.dumps(document))
+    code, _, err = run_apply("--jobs", jobs_file, "--check", "nightly")
+    assert code == (2 if refused else 1)
+    name = f"projects/{PROJECT}/locations/{REGION}/jobs/nightly-etl"
+    assert (f"jobs nightly and weekly define {name} differently" in err) is refused
+    assert cloud.calls["Jobs.CreateJob"] == 0
+
+
 def test_sequences_are_what_a_poll_takes(cloud: Cloud) -> None:
     handles: Sequence[Handle] = ()
     assert cloud.backend().poll(handles) == {}

@@ -368,6 +368,14 @@ class CloudRunBackend:
 
     # --- definition -------------------------------------------------------------------------------
 
+    def wanted(self, options: BaseModel) -> tuple[str, BaseModel] | None:
+        """Name the Cloud Run job, or the container of it, that the `definition` is about."""
+        own = _own(options)
+        if own.definition is None:
+            return None
+        name = self._job(own.job)
+        return f"{name} ({own.container})" if own.container else name, own.definition
+
     def changes(self, job: Job, options: BaseModel) -> Sequence[Change] | None:
         """Compare the job's `definition` with what is there; None if the job has none.
 
