@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.parser import BytesParser
@@ -42,6 +42,69 @@ class Refused(Exception):
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)
         self.status, self.reason = status, reason
+
+    @property
+    def body(self) -> bytes:
+        """As Google's APIs write it."""
+        error = {"reason": self.reason, "message": str(self), "domain": "global"}
+        whole = {"code": self.status, "message": str(self), "errors": [error]}
+        return json.dumps({"error": whole}).encode()
+
+
+def check_extract(
+    project: str, body: dict[str, Any], location: str, taken: Container[str], bucket: str = BUCKET
+) -> None:
+    """Refuse what BigQuery refuses of a new extract job from a dataset that lies in a location.
+
+    Args:
+        project: of the call's path.
+        body: the job.
+        location: of the dataset.
+        taken: the ids that there are.
+        bucket: the only one.
+
+    Raises:
+        Refused: as BigQuery says it.
+    """
+    reference, extract = body["jobReference"], body["configuration"]["extract"]
+    job_id, asked = reference["jobId"], reference.get("location", "US")
+    if project != PROJECT or reference["projectId"] != project:
+        raise Refused(403, "accessDenied", f"Access Denied: Project {project}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,1024}", job_id):
+        raise Refused(400, "invalid", f"Invalid job ID {job_id!r}")
+    if job_id in taken:
+        raise Refused(409, "duplicate", f"Already Exists: Job {project}:{asked}.{job_id}")
+    source = extract.get("sourceTable")
+    if not isinstance(source, dict):
+        raise Refused(400, "required", "Required parameter is missing: sourceTable")
+    if asked != location:
+        raise dataset_not_found(source, asked)
+    compressions = FORMATS.get(extract.get("destinationFormat", "CSV"), set())
+    if extract.get("compression", "NONE") not in compressions:
+        raise Refused(400, "invalid", "Invalid compression for this format")
+    for uri in extract["destinationUris"]:
+        found = re.fullmatch(r"gs://([^/]+)/(.+)", uri)
+        if found is None or uri.count("*") > 1 or "//" in found[2]:
+            raise Refused(400, "invalid", f"Invalid destination URI {uri}")
+        if found[1] != bucket:
+            raise Refused(404, "notFound", f"Not found: Bucket {found[1]}")
+
+
+def dataset_not_found(source: dict[str, Any], location: str) -> Refused:
+    """What is said of a table's dataset that is nowhere, or elsewhere."""
+    name = f"{source['projectId']}:{source['datasetId']}"
+    said = f"Not found: Dataset {name} was not found in location {location}"
+    return Refused(404, "notFound", said)
+
+
+def check_job_location(job_id: str, asked: str | None, location: str) -> None:
+    """Refuse a look at a job that does not say where the job is.
+
+    Raises:
+        Refused: as BigQuery says it.
+    """
+    if (asked or "US") != location and (asked is not None or location not in MULTI_REGIONS):
+        raise Refused(404, "notFound", f"Not found: Job {PROJECT}:{job_id}")
 
 
 @dataclass
@@ -131,33 +194,13 @@ class Warehouse:
         }
 
     def insert_job(self, project: str, body: dict[str, Any]) -> dict[str, Any]:
+        check_extract(project, body, self.location, self.jobs)
         reference, extract = body["jobReference"], body["configuration"]["extract"]
-        job_id, location = reference["jobId"], reference.get("location", "US")
-        if project != PROJECT or reference["projectId"] != project:
-            raise Refused(403, "accessDenied", f"Access Denied: Project {project}")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,1024}", job_id):
-            raise Refused(400, "invalid", f"Invalid job ID {job_id!r}")
-        if job_id in self.jobs:
-            full = f"{project}:{location}.{job_id}"
-            raise Refused(409, "duplicate", f"Already Exists: Job {full}")
-        source = extract.get("sourceTable")
-        if not isinstance(source, dict):
-            raise Refused(400, "required", "Required parameter is missing: sourceTable")
-        if location != self.location or source["datasetId"] != DATASET:
-            name = f"{source['projectId']}:{source['datasetId']}"
-            raise Refused(
-                404, "notFound", f"Not found: Dataset {name} was not found in location {location}"
-            )
+        source = extract["sourceTable"]
+        if source["datasetId"] != DATASET:
+            raise dataset_not_found(source, self.location)
         self._table(source["tableId"])
-        compressions = FORMATS.get(extract.get("destinationFormat", "CSV"), set())
-        if extract.get("compression", "NONE") not in compressions:
-            raise Refused(400, "invalid", "Invalid compression for this format")
-        for uri in extract["destinationUris"]:
-            found = re.fullmatch(r"gs://([^/]+)/(.+)", uri)
-            if found is None or uri.count("*") > 1 or "//" in found[2]:
-                raise Refused(400, "invalid", f"Invalid destination URI {uri}")
-            if found[1] != BUCKET:
-                raise Refused(404, "notFound", f"Not found: Bucket {found[1]}")
+        job_id, location = reference["jobId"], self.location
         job = {
             "kind": "bigquery#job",
             "id": f"{project}:{location}.{job_id}",
@@ -173,10 +216,9 @@ class Warehouse:
 
     def get_job(self, job_id: str, location: str | None) -> dict[str, Any]:
         job = self.jobs.get(job_id)
-        if job is None or (location or self.location) != self.location:
+        if job is None:
             raise Refused(404, "notFound", f"Not found: Job {PROJECT}:{job_id}")
-        if location is None and self.location not in MULTI_REGIONS:
-            raise Refused(404, "notFound", f"Not found: Job {PROJECT}:{job_id}")
+        check_job_location(job_id, location, self.location)
         job["looks"] -= 1
         if job["looks"] <= 0 and job["status"]["state"] != "DONE":
             job["status"] = {"state": "DONE", **self._finish(job)}
@@ -266,17 +308,18 @@ def _md5(data: bytes) -> str:
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
+@dataclass
+class Answer:
+    """An answer of one of the APIs."""
 
-    def __init__(self, warehouse: Warehouse) -> None:
-        super().__init__(("127.0.0.1", 0), _Api)
-        self.warehouse = warehouse
+    body: bytes
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
 
 
-class _Api(BaseHTTPRequestHandler):
-    server: _Server
+class Api(BaseHTTPRequestHandler):
+    """One call of an API of Google; what there is to call is for its children to say."""
+
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1
@@ -284,27 +327,79 @@ class _Api(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """The test's output is not the place."""
 
+    def respond(self, body: bytes) -> Answer:
+        """Do what is asked for.
+
+        Raises:
+            Refused: it is not done.
+            ConnectionError: the test ends the call without an answer.
+        """
+        raise NotImplementedError
+
+    def remember(self, refusal: Refused) -> None:
+        """Note what was refused."""
+        raise NotImplementedError
+
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         try:
-            status, answer = 200, self._route(body)
+            answer = self.respond(body)
         except Refused as refusal:
-            error = {"reason": refusal.reason, "message": str(refusal), "domain": "global"}
-            whole = {"code": refusal.status, "message": str(refusal), "errors": [error]}
-            status, answer = refusal.status, json.dumps({"error": whole}).encode()
-            self.server.warehouse.refused.append((status, str(refusal)))
-        except ConnectionError:  # the test ends the call without an answer
+            self.remember(refusal)
+            answer = Answer(refusal.body, refusal.status)
+        except ConnectionError:
             self.close_connection = True
             return
-        self.send_response(status if answer or status != 200 else 204)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
-        if "alt=media" in self.path and status == 200:
-            self.send_header("X-Goog-Hash", f"md5={_md5(answer)}")
+        self.send_response(answer.status if answer.body or answer.status != 200 else 204)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(answer.body)
 
-    do_GET = do_POST = do_DELETE = _serve  # noqa: N815 -- http.server's own names
+    do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = _serve  # noqa: N815 -- http.server's own names
+
+
+class Server(ThreadingHTTPServer):
+    """Serves an API on a port of its own."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @contextmanager
+    def serving(self) -> Iterator[str]:
+        """Serve until the block ends; gives the URL."""
+        with self:
+            thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+            thread.start()
+            try:
+                yield self.url
+            finally:
+                self.shutdown()
+                thread.join()
+
+
+class _Server(Server):
+    def __init__(self, warehouse: Warehouse) -> None:
+        super().__init__(("127.0.0.1", 0), _Api)
+        self.warehouse = warehouse
+
+
+class _Api(Api):
+    server: _Server
+
+    def remember(self, refusal: Refused) -> None:
+        self.server.warehouse.refused.append((refusal.status, str(refusal)))
+
+    def respond(self, body: bytes) -> Answer:
+        answer = Answer(self._route(body))
+        if "alt=media" in self.path:
+            answer.headers["X-Goog-Hash"] = f"md5={_md5(answer.body)}"
+        return answer
 
     def _route(self, body: bytes) -> bytes:
         parts = urlsplit(self.path)
@@ -353,12 +448,17 @@ class _Api(BaseHTTPRequestHandler):
 
     def _upload(self, house: Warehouse, query: dict[str, str], body: bytes) -> dict[str, Any]:
         assert query["uploadType"] == "multipart", query
-        head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-        described, content = BytesParser().parsebytes(head + body).get_payload()
-        name = json.loads(described.get_payload(decode=True))["name"]
+        name, data = uploaded(self.headers["Content-Type"], body)
         house.before_write(name)
-        data: bytes = content.get_payload(decode=True)
         return house.put(name, data, query.get("ifGenerationMatch"))
+
+
+def uploaded(content_type: str, body: bytes) -> tuple[str, bytes]:
+    """The name and the content of a multipart upload."""
+    head = f"Content-Type: {content_type}\r\n\r\n".encode()
+    parts: Any = BytesParser().parsebytes(head + body).get_payload()
+    described, content = parts
+    return json.loads(described.get_payload(decode=True))["name"], content.get_payload(decode=True)
 
 
 def _as_json(answer: Any) -> bytes:
@@ -370,11 +470,5 @@ def _as_json(answer: Any) -> bytes:
 @contextmanager
 def serve(warehouse: Warehouse) -> Iterator[str]:
     """Run the fake until the block ends; gives its URL."""
-    with _Server(warehouse) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with _Server(warehouse).serving() as url:
+        yield url

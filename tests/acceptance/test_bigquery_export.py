@@ -7,12 +7,9 @@ Cloud Storage are the fake of warehouse.py.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
@@ -27,25 +24,31 @@ import pytest
 import yaml
 from google.api_core.exceptions import GoogleAPIError, NotFound
 from google.cloud import bigquery
+from nights import (
+    DESTINATION,
+    HERE,
+    MONDAY,
+    PLACE,
+    SHOP,
+    TUESDAY,
+    Story,
+    addresses,
+    install,
+    kill_container,
+    unpacked,
+)
 from typer.testing import CliRunner
 from warehouse import Table, Warehouse, serve
 
-from dispatcher import Batch, BatchState, Dispatcher, container, load_config
+from dispatcher import BatchState, container, load_config
 from dispatcher.cli import app
 from dispatcher.emulators.cloud_run import CloudRunEmulator
 from dispatcher.emulators.cloud_run.processes import ProcessRunner
 from dispatcher.planning import plan_chunks
 from examples.bigquery_export import tables
-from examples.bigquery_export.here import local
 from examples.bigquery_export.image import export_tables
 from examples.bigquery_export.image.export_tables import ExportError, Exports, Extracts, Place, Run
-from installation import ROOT, Site, until
-
-HERE = ROOT / "examples" / "bigquery_export"
-DESTINATION = "gs://bucket/nightly"
-PLACE = Place("my-project", "shop", "bucket", "nightly/", "csv")
-SHOP = "nightly/shop/"
-MONDAY, TUESDAY = "2026-11-23", "2026-11-24"
+from installation import Site, until
 
 
 @pytest.fixture
@@ -58,85 +61,11 @@ def warehouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Warehouse]:
         yield made
 
 
-class Story:
-    """An installation with a worker, and the image unpacked in its folder."""
-
-    def __init__(self, site: Site, warehouse: Warehouse) -> None:
-        self.site = site
-        self.warehouse = warehouse
-        jobs = local(DESTINATION)
-        job = jobs["jobs"]["bigquery-export"]
-        job["command"] = unpacked(site.folder)
-        job["env"]["PYTHONPATH"] = ""  # only what is in the image
-        install(site, jobs)
-        site.worker()
-        self.dispatcher: Dispatcher = site.dispatcher()
-
-    def begin(self, night: str, tasks: int) -> Batch:
-        return self.dispatcher.enqueue(
-            "bigquery-export", params={"night": night}, overrides={"tasks": tasks}
-        )
-
-    def ended(self, batch: Batch) -> Batch:
-        until(lambda: batch.refresh().finished, "the night to end")
-        return batch.refresh()
-
-    def export(self, night: str, tasks: int) -> Batch:
-        batch = self.ended(self.begin(night, tasks))
-        assert batch.state == BatchState.SUCCEEDED, f"{batch.reason}\n{self.site.logs()}"
-        return batch
-
-    def attempts(self, batch: Batch) -> dict[str, int | None]:
-        """Which attempt exported each table."""
-        return {one.item["table"]: one.attempt for one in self.dispatcher.items(batch.id)}
-
-    def outputs(self, batch: Batch) -> dict[str, Any]:
-        return {one.item["table"]: one.value for one in self.dispatcher.outputs(batch.id)}
-
-
 @pytest.fixture
 def story(site: Site, warehouse: Warehouse) -> Iterator[Story]:
-    made = Story(site, warehouse)
-    yield made
-    made.dispatcher.close()
-
-
-def install(site: Site, jobs: dict[str, Any]) -> None:
-    """Write the jobs file with shorter waits, and lead Google's clients to the fake."""
-    del jobs["schedules"]  # it may be half past one in Tokyo while the test runs
-    jobs["jobs"]["bigquery-export"]["retry"]["initial"] = "1s"
-    site.jobs.write_text(yaml.safe_dump(jobs))
-    site.environment.update(addresses())
-
-
-def addresses() -> dict[str, str]:
-    """Where the fake is, as Google's clients are told."""
-    return {name: os.environ[name] for name in os.environ if name.endswith("_EMULATOR_HOST")}
-
-
-def unpacked(folder: Path) -> list[str]:
-    """Put the image's own files into a folder; what its entrypoint is there."""
-    image = folder / "image"
-    image.mkdir()
-    for source in files_of_the_image():
-        shutil.copy(ROOT / source, image)
-    return [sys.executable, *(word.replace("/app/", f"{image}/") for word in entrypoint()[1:])]
-
-
-def dockerfile() -> str:
-    return (HERE / "image" / "Dockerfile").read_text()
-
-
-def files_of_the_image() -> list[str]:
-    lines = re.findall(r"^COPY (.+) /app/$", dockerfile(), re.MULTILINE)
-    return [source for line in lines for source in line.split()]
-
-
-def entrypoint() -> list[str]:
-    found = re.search(r"^ENTRYPOINT (\[.*\])$", dockerfile(), re.MULTILINE)
-    assert found
-    words: list[str] = json.loads(found[1])
-    return words
+    del warehouse  # it must be there before
+    with Story.begun(site) as made:
+        yield made
 
 
 def visible(warehouse: Warehouse, table: str) -> dict[str, Any]:
@@ -150,9 +79,9 @@ def visible(warehouse: Warehouse, table: str) -> dict[str, Any]:
 
 
 def test_every_table_is_exported_exactly_once_whatever_the_number_of_tables_and_tasks(
-    story: Story,
+    story: Story, warehouse: Warehouse
 ) -> None:
-    house = story.warehouse
+    house = warehouse
     for count, tasks, chunks in ((0, 10, 0), (1, 10, 1), (10, 30, 10), (30, 10, 10)):
         with house.lock:
             house.jobs.clear()
@@ -172,9 +101,9 @@ def test_every_table_is_exported_exactly_once_whatever_the_number_of_tables_and_
 
 
 def test_a_night_runs_again_only_what_failed_and_shows_the_old_export_until_the_new_one_is_whole(
-    story: Story,
+    story: Story, warehouse: Warehouse
 ) -> None:
-    house = story.warehouse
+    house = warehouse
     house.location = "EU"
     house.tables = {
         "orders": Table(rows=70, size=3 * 10**9, files=4, content="monday"),
@@ -245,21 +174,6 @@ def test_a_night_runs_again_only_what_failed_and_shows_the_old_export_until_the_
     twice = story.export(TUESDAY, tasks=2)
     assert (list(house.jobs), house.objects) == (jobs, objects)
     assert story.outputs(twice) == story.outputs(tuesday)
-
-
-def kill_container(batch: Batch) -> None:
-    """Kill the program of a batch as a machine that dies does; there is one."""
-    mark = f"DISPATCH_BATCH_ID={batch.id}".encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes()
-            if b"export_tables.py" in words and mark in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue  # it has ended, or is not ours
-    (pid,) = found
-    os.kill(pid, signal.SIGKILL)
 
 
 def test_on_cloud_run_a_night_is_one_execution_and_a_retry_one_task_with_what_failed(
