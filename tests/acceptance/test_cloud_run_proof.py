@@ -6,10 +6,6 @@ process, so that what it has run can be compared with what was recorded.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +17,7 @@ import pytest
 from dispatcher import BatchState
 from dispatcher.emulators.cloud_run import CloudRunEmulator, EmulatorOptions, TaskStart
 from dispatcher.emulators.cloud_run.faults import lose_reply, refuse, stale_lists
-from installation import Site, procfile, until
+from installation import Nursery, Site, until
 
 JOBS: Final = """
 targets:
@@ -55,71 +51,6 @@ MANY: Final = 40
 
 IN_FLIGHT: Final = 2
 """Kills that are to meet a worker with its launch calls open; the others come when they come."""
-
-NURSERY: Final = """
-import os, signal, sys
-import celery.apps.worker, celery.bin.celery, celery.concurrency.thread, celery.events.state
-import celery.worker.autoscale, celery.worker.components, celery.worker.consumer
-import celery.worker.control, celery.worker.strategy, kombu.matcher, kombu.transport.redis
-import dispatcher.backends.cloud_run, workers.app, workers.clock, workers.tasks
-from celery.__main__ import main
-workers.app.app.finalize()
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        log = os.open(line.strip(), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        main()
-    print(pid, flush=True)
-"""
-"""Forks workers that have everything imported: or most of the time would go into that."""
-
-
-class Nursery:
-    """Workers as in the Procfile, that begin within a blink."""
-
-    def __init__(self, site: Site) -> None:
-        self._site = site
-        self._pids: set[int] = set()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, *procfile("worker")[3:]],
-            cwd=site.folder,
-            env=site.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def start(self) -> int:
-        """Start a worker; returns its process id."""
-        streams = self._process.stdin, self._process.stdout
-        assert streams[0] is not None
-        assert streams[1] is not None
-        streams[0].write(f"{self._site.folder}/worker-{len(self._pids)}.log\n")
-        streams[0].flush()
-        pid = int(streams[1].readline())
-        self._pids.add(pid)
-        return pid
-
-    def alive(self, pids: list[int]) -> bool:
-        """Whether these have written their heartbeats."""
-        here = self._site.sql("SELECT pid FROM dispatcher.worker WHERE stopped_at IS NULL")
-        return {pid for (pid,) in here} >= set(pids)
-
-    def kill(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)
-        self._pids.discard(pid)
-
-    def close(self) -> None:
-        for pid in list(self._pids):
-            self.kill(pid)
-        self._process.kill()
-        self._process.communicate()
 
 
 def launching(site: Site, pids: list[int]) -> int | None:

@@ -13,11 +13,11 @@ import pytest
 
 from dispatcher import BatchState, schema
 from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey
-from installation import Site, until
+from installation import Nursery, Site, until
 
 JOBS = """
 targets:
-  here: {backend: local, spool: SPOOL, max_running: 12}
+  here: {backend: local, spool: SPOOL, max_running: 24}
 jobs:
   note:
     target: here
@@ -47,6 +47,13 @@ def servers(tmp_path: Path) -> Iterator[tuple[EmbeddedPostgres, EmbeddedValkey]]
         yield postgres, valkey
 
 
+def lose_everything(valkey: EmbeddedValkey) -> None:
+    with valkey.connect() as client:
+        client.flushall()
+    valkey.stop()
+    valkey.start()
+
+
 @pytest.mark.long
 @pytest.mark.timeout(240)
 def test_kills_of_workers_broker_and_database_lose_nothing_and_double_nothing(
@@ -62,9 +69,12 @@ def test_kills_of_workers_broker_and_database_lose_nothing_and_double_nothing(
         "DISPATCHER_CALL_WINDOW": "5s",
     }
     chance = random.Random(4)  # noqa: S311 - picks victims
-    workers = [site.worker(), site.worker()]
     beats = [site.start("beat"), site.start("beat")]
+    # A worker that begins within a blink is at work for most of its second.
+    nursery = Nursery(site)
     try:
+        workers = [nursery.start(), nursery.start()]
+        until(lambda: nursery.alive(workers), "the workers' heartbeats")
         with site.dispatcher() as dispatcher:
             batch_id = dispatcher.enqueue(
                 "note", range(CHUNKS), params={"out": str(tmp_path / "out")}
@@ -75,15 +85,11 @@ def test_kills_of_workers_broker_and_database_lose_nothing_and_double_nothing(
             # The one place where a test may wait for a time: the kills come once a second.
             threading.Event().wait(max(0.0, began + second + 1 - time.monotonic()))
             victim = chance.randrange(2)
-            workers[victim].kill()
-            workers[victim].wait()
+            nursery.kill(workers[victim])
             kills += 1
-            workers[victim] = site.start("worker")
+            workers[victim] = nursery.start()
             if second == SECONDS // 3:
-                with valkey.connect() as client:
-                    client.flushall()
-                valkey.stop()
-                valkey.start()
+                lose_everything(valkey)
             if second == SECONDS // 2:
                 postgres.stop()
                 postgres.start()
@@ -94,6 +100,7 @@ def test_kills_of_workers_broker_and_database_lose_nothing_and_double_nothing(
         print(site.logs())  # noqa: T201 - shown by pytest where it failed
         raise
     finally:
+        nursery.close()
         for beat in beats:
             beat.terminate()
         site.stop()
@@ -109,5 +116,5 @@ def test_kills_of_workers_broker_and_database_lose_nothing_and_double_nothing(
     started = {path.parent.name for path in (tmp_path / "spool").glob("*/started.json")}
     recorded = {attempt.execution_key for attempt in attempts}
     assert started == recorded
-    strays = site.sql("SELECT key FROM dispatcher.execution WHERE stray OR state <> 'ended'")
-    until(lambda: not strays, "nothing is left over")
+    left = site.sql("SELECT key FROM dispatcher.execution WHERE stray OR state <> 'ended'")
+    assert left == []
