@@ -1308,15 +1308,20 @@ class _Supervisor:
         if self.stopped:  # between the last look and the start
             self.child.terminate()
         try:
-            return self.child.wait()
+            while True:
+                try:
+                    # A wait without an end would not notice a signal that came just before it.
+                    return self.child.wait(60)
+                except subprocess.TimeoutExpired:
+                    continue
         finally:
             self.child = None
 
     def _hand_on(self, signum: int, _frame: object) -> None:
         self.stopped = True
-        _keep(self.task)
         if self.child is not None:
-            self.child.send_signal(signum)
+            self.child.send_signal(signum)  # first: a storage may be slow, and the grace is short
+        _keep(self.task)
 
 
 def _signal_name(number: int) -> str:

@@ -7,14 +7,13 @@ so that other commands stay quick and work without the extra.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -23,6 +22,7 @@ from dispatcher.errors import ConfigurationError, Unreachable
 
 if TYPE_CHECKING:
     from dispatcher.emulators.cloud_run import CloudRunEmulator
+    from dispatcher.emulators.cloud_run.tasks import Runner
 
 __all__ = ["register"]
 
@@ -86,6 +86,31 @@ def cloud_run(
             help="Run nothing: every image exists, and each task succeeds after so long.",
         ),
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="docker|podman",
+            help="Run each task as a container of this engine, from the job's own image; one that "
+            "is not there is pulled.",
+        ),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            show_default="host",
+            help="With --engine: the containers' network. That of the machine reaches what listens "
+            "on 127.0.0.1.",
+        ),
+    ] = None,
+    mount: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="DIR",
+            help="With --engine: a directory that containers have at the same path, such as that "
+            "of a file:// storage; may be repeated.",
+        ),
+    ] = [],  # noqa: B006 - typer copies it
     definitions: Annotated[
         Path | None,
         typer.Option(
@@ -113,7 +138,10 @@ def cloud_run(
         float, typer.Option(min=0, metavar="SECONDS", help="How long each call takes.")
     ] = 0.0,
     parallel: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Processes at once, over all executions.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Processes or containers at once, over all executions."
+        ),
     ] = 16,
     stop_grace: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="From SIGTERM to SIGKILL.")
@@ -135,8 +163,8 @@ def cloud_run(
 ) -> int:
     """Serve Cloud Run Jobs on this machine until ^C.
 
-    The real client library works against it, over gRPC and REST; tasks are local processes. Nothing
-    is kept when it ends. Needs the extra `cloud_run`.
+    The real client library works against it, over gRPC and REST; tasks are local processes, or
+    containers of a local engine. Nothing is kept when it ends. Needs the extra `cloud_run`.
 
     With --json: {grpc, rest, jobs} in one line, once it serves.
     """
@@ -146,10 +174,13 @@ def cloud_run(
     from dispatcher.emulators.cloud_run.processes import ProcessRunner  # noqa: PLC0415 - as above
     from dispatcher.emulators.cloud_run.scripted import ScriptRunner  # noqa: PLC0415 - as above
 
-    if bool(image) == (pretend is not None):
+    if [bool(image), pretend is not None, engine is not None].count(True) != 1:
         raise ConfigurationError(
-            "give either --image NAME=COMMAND, to run tasks as processes, or --pretend SECONDS"
+            "give either --image NAME=COMMAND, to run tasks as processes, or --engine docker or "
+            "podman, to run them as containers, or --pretend SECONDS"
         )
+    if engine is None and (network is not None or mount):
+        raise ConfigurationError("--network and --mount are about containers: give --engine too")
     options = EmulatorOptions(
         grpc_port=grpc_port,
         rest_port=rest_port,
@@ -162,18 +193,21 @@ def cloud_run(
         logs_per_minute=logs_per_minute,
         seed=seed,
     )
-    runner = (
-        ScriptRunner(lambda _: pretend)
-        if pretend is not None
-        else ProcessRunner(_images(image), stop_grace=stop_grace, limit=parallel)
-    )
+    runner: Runner
+    if pretend is not None:
+        seconds = pretend
+        runner = ScriptRunner(lambda _: seconds)
+    elif engine is not None:
+        runner = _containers(engine, network or "host", mount, stop_grace, parallel)
+    else:
+        runner = ProcessRunner(_images(image), stop_grace=stop_grace, limit=parallel)
     emulator = CloudRunEmulator(
         runner=runner, faults=from_json(faults) if faults else (), options=options
     )
     jobs = [_define(emulator, name, given) for name, given in _definitions(definitions).items()]
-    with _until_signalled() as over, _opened(emulator):
+    with _until_signalled() as wait, _opened(emulator):
         _announce(emulator, jobs, as_json=scope.as_json)
-        over.wait()
+        wait()
     return 0
 
 
@@ -224,6 +258,31 @@ def _images(given: Sequence[str]) -> dict[str, list[str]]:
     return images
 
 
+def _containers(
+    name: str, network: str, mounts: Sequence[Path], stop_grace: float, limit: int
+) -> Runner:
+    """Make what runs tasks as containers.
+
+    Raises:
+        ConfigurationError: there is no such engine or directory.
+        Unreachable: the engine does not answer.
+    """
+    from dispatcher.emulators.cloud_run.containers import ContainerRunner  # noqa: PLC0415 - needs the extra
+    from dispatcher.emulators.cloud_run.engines import Engine, EngineName  # noqa: PLC0415 - as above
+
+    if name not in list(EngineName):
+        raise ConfigurationError(f"--engine {name}: allowed: {', '.join(EngineName)}")
+    for path in mounts:
+        if not path.is_dir():
+            raise ConfigurationError(f"--mount {path}: there is no such directory")
+    engine = Engine.reach(EngineName(name))
+    for kind in sorted({"cpu", "memory"} - engine.limits):
+        sys.stderr.write(f"{name} cannot limit the {kind} of a container here: tasks get it all\n")
+    return ContainerRunner(
+        engine, network=network, mounts=mounts, stop_grace=stop_grace, limit=limit
+    )
+
+
 def _definitions(path: Path | None) -> Mapping[str, Mapping[str, Any]]:
     if path is None:
         return {}
@@ -271,19 +330,29 @@ def _opened(emulator: CloudRunEmulator) -> Iterator[None]:
 
 
 @contextmanager
-def _until_signalled() -> Iterator[threading.Event]:
-    """Give an event that SIGINT and SIGTERM set."""
-    over = threading.Event()
+def _until_signalled() -> Iterator[Callable[[], None]]:
+    """Give a function that returns when SIGINT or SIGTERM has come, now or before."""
+    # By a pipe that the signal itself writes to. A handler that sets an Event would run only when
+    # the main thread moves, and a signal that comes just before it begins to wait does not move it.
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = {
+        number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
-    def end(_number: int, _frame: FrameType | None) -> None:
-        over.set()
+    def wait() -> None:
+        while not {*os.read(reading, 64)} & before.keys():
+            pass  # another signal, which is none of ours
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield over
+        yield wait
     finally:
+        signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(reading)
+        os.close(writing)
 
 
 def _announce(emulator: CloudRunEmulator, jobs: Sequence[str], *, as_json: bool) -> None:

@@ -312,6 +312,7 @@ def test_one_list_tells_of_a_page_of_executions(cloud: Cloud) -> None:
     cloud.script = lambda _start: LONG
     backend = cloud.backend()
     handles = [backend.launch(request()).handle for _ in range(100)]
+    until(lambda: len(cloud.emulator.world.starts) == 100, "all run")
     before = cloud.calls
     reports = backend.poll(handles)
     assert {reports[handle].phase for handle in handles} == {Phase.RUNNING}
@@ -334,6 +335,7 @@ def test_a_list_that_lags_costs_no_look_ups_and_says_nothing(cloud: Cloud) -> No
     cloud.emulator.faults.add(stale_lists(60))
     backend = cloud.backend()
     handles = [backend.launch(request()).handle for _ in range(20)]
+    until(lambda: len(cloud.emulator.world.starts) == 20, "all run")
     for _ in range(3):
         assert backend.poll(handles) == {}
     assert cloud.calls[GET] == 0
@@ -347,6 +349,7 @@ def test_what_the_list_no_longer_shows_is_asked_for_by_name_and_absent(cloud: Cl
     cloud.script = lambda _start: LONG
     backend = cloud.backend()
     handles = [backend.launch(request()).handle for _ in range(5)]
+    until(lambda: len(cloud.emulator.world.starts) == 5, "all run")
     backend.poll(handles)
     cloud.emulator.world.forget(handles[0])
     absent = Report(Phase.ABSENT)
@@ -723,6 +726,7 @@ def test_many_strict_executions_are_polled_with_one_list(cloud: Cloud) -> None:
     cloud.script = lambda _start: LONG
     backend = cloud.backend()
     handles = [backend.launch(request(options=STRICT)).handle for _ in range(12)]
+    until(lambda: len(cloud.emulator.world.starts) == 12, "all run")
     before = cloud.calls
     reports = backend.poll(handles)
     assert {report.phase for report in reports.values()} == {Phase.RUNNING}

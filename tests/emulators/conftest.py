@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from containers import Docker, private_docker
 from emulators.cloud import Cloud, Clouds
 
 from dispatcher.emulators.cloud_run import CloudRunEmulator
@@ -42,3 +43,10 @@ def opened(transport: str, clients: Clouds) -> Iterator[Callable[..., Cloud]]:
             return clients(emulator, transport)
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def docker() -> Iterator[Docker]:
+    """A container engine that only this pytest process uses."""
+    with private_docker() as engine:
+        yield engine

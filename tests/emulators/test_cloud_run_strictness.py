@@ -78,6 +78,7 @@ def job_of(**changes: Any) -> run_v2.Job:
         ("j", job_of(container={"image": ""}), "image: required"),
         ("j", job_of(container={"env": [{"name": "K_SERVICE"}]}), "K_SERVICE is reserved"),
         ("j", job_of(container={"resources": {"limits": {"cpu": "3"}}}), "must be one of 1, 2"),
+        ("j", job_of(container={"resources": {"limits": {"memory": "lots"}}}), "is no amount such"),
         ("j", job_of(task={"containers": []}), "at least one container"),
         ("j", job_of(labels={"run.googleapis.com/x": "y"}), "reserved namespace"),
     ],

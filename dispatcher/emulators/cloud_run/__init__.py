@@ -1,8 +1,8 @@
 """An emulator of Cloud Run Jobs for the real client library, over gRPC and REST.
 
 One world in memory behind both: jobs, executions, tasks, operations and what tasks wrote. Tasks run
-as local processes (`ProcessRunner`) or as a script says (`ScriptRunner`); `faults` has what can go
-wrong. Needs the extra `cloud_run`.
+as local processes (`ProcessRunner`), as containers of a local engine (`ContainerRunner`) or as a
+script says (`ScriptRunner`); `faults` has what can go wrong. Needs the extra `cloud_run`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from dispatcher.emulators.cloud_run.messages import Job, TaskTemplate, seconds_of, set_seconds
+from dispatcher.emulators.cloud_run.quantities import DEFAULT_MEMORY, amount
 from dispatcher.emulators.cloud_run.refusal import Code, Refused
 
 __all__ = [
@@ -120,6 +121,11 @@ def _check_container(where: str, container: Any) -> None:
     cpu = container.resources.limits.get("cpu")
     if cpu is not None and cpu not in CPUS:
         raise _wrong(f"{where}.resources.limits.cpu: {cpu!r} must be one of 1, 2, 4, 8.")
+    memory = container.resources.limits.get("memory", DEFAULT_MEMORY)
+    try:
+        amount(memory)
+    except ValueError as error:
+        raise _wrong(f"{where}.resources.limits.memory: {error}.") from error
     _check_args(f"{where}.args", container.args)
     _check_env(f"{where}.env", container.env)
 

@@ -33,7 +33,8 @@ class CloudRunEmulator:
 
     Args:
         script: what tasks do, without processes; or give a `runner`.
-        runner: what makes tasks run, such as a `ProcessRunner`; closed at the end.
+        runner: what makes tasks run, such as a `ProcessRunner` or a `ContainerRunner`; closed at
+            the end.
         faults: what goes wrong from the start.
         options: everything else.
 

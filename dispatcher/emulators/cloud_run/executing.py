@@ -16,6 +16,7 @@ from typing import Final
 from dispatcher.emulators.cloud_run.faults import Faults, Kind
 from dispatcher.emulators.cloud_run.journal import Journal
 from dispatcher.emulators.cloud_run.options import EmulatorOptions
+from dispatcher.emulators.cloud_run.quantities import DEFAULT_CPU, DEFAULT_MEMORY
 from dispatcher.emulators.cloud_run.records import (
     ExecutionRecord,
     Stop,
@@ -31,9 +32,6 @@ __all__ = ["Executor"]
 
 STARTS_AT_ONCE: Final = 500
 """Attempts started before others get the lock."""
-
-MEMORY: Final = "512Mi"
-"""A container's memory where the job does not say (vendor: configuring/memory-limits)."""
 
 
 class Executor:
@@ -141,17 +139,21 @@ class Executor:
         self._busy += 1
         self.most_busy = max(self.most_busy, self._busy)
         self._touch(execution, moment)
+        container = execution.template.containers[0]
         start = TaskStart(
             execution=execution.name,
             job=execution.job_id,
             index=task.index,
             count=execution.task_count,
             attempt=task.attempt,
-            image=execution.template.containers[0].image,
+            image=container.image,
             command=execution.command,
             args=execution.args,
             env=execution.env,
             at=moment,
+            working_dir=container.working_dir,
+            memory=container.resources.limits.get("memory", DEFAULT_MEMORY),
+            cpu=container.resources.limits.get("cpu", DEFAULT_CPU),
         )
         self.starts.append(start)
         self._run(execution, task, start, moment)
@@ -244,7 +246,7 @@ class Executor:
             self._journal.write(execution, task.index, attempt, written, moment)
         if end.effect is not None and task.stop is None:
             end.effect()
-        memory = execution.template.containers[0].resources.limits.get("memory", MEMORY)
+        memory = execution.template.containers[0].resources.limits.get("memory", DEFAULT_MEMORY)
         task.result = attempt_result(end, task.stop, memory)
         task.ended_at = moment
         task.handle = task.end = None
@@ -254,6 +256,11 @@ class Executor:
             self._settle(execution, task, TaskState.CANCELLED)
         elif task.result.code is Code.OK:
             self._settle(execution, task, TaskState.SUCCEEDED)
+        elif end.missing_image:
+            self._settle(execution, task, TaskState.FAILED)
+            execution.missing_image = True
+            execution.failure = task.result.message
+            self._end_waiting(execution, moment, TaskState.FAILED)
         elif attempt < execution.max_retries and not execution.stopping:
             task.state = TaskState.WAITING
             execution.retried += 1

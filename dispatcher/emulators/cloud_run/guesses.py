@@ -48,7 +48,12 @@ GUESSES: Final[Mapping[str, str]] = {
     "cancelled_tasks": "A task that is stopped by a cancel, or had not started, counts as "
     "cancelled, whatever its exit code.",
     "stop_grace": "A container has 10 s between SIGTERM and SIGKILL. Parameter `stop_grace` of "
-    "`ProcessRunner`.",
+    "`ProcessRunner` and `ContainerRunner`.",
+    "container_signals": "With an engine, a program without a handler ends at once by SIGTERM; a "
+    "container that the emulator stops has a term_signal, and one that ends by a signal of its own "
+    "the exit code 128 + N, as engines tell no signals.",
+    "late_missing_image": "With an engine, whether an image exists is known only when a task "
+    "needs it: then the execution ends as one whose image has gone since, and nothing is retried.",
     "delete_running": "Deleting a job or an execution that runs stops its tasks at once.",
     "too_many_running": "RunJob beyond `max_running` executions in a region is refused with "
     "RESOURCE_EXHAUSTED.",

@@ -39,6 +39,7 @@ class AttemptResult(NamedTuple):
     message: str = ""
     exit_code: int | None = None
     term_signal: int | None = None
+    missing_image: bool = False
 
 
 @dataclass(slots=True)
@@ -136,7 +137,7 @@ class ExecutionRecord:
     """The cancel has taken effect: no task starts any more."""
 
     missing_image: bool = False
-    """Its image was gone when it should have started."""
+    """Its image was gone when it, or one of its tasks, should have started."""
 
     failure: str = ""
     """What its Completed condition says if it did not succeed."""

@@ -190,7 +190,11 @@ def task_message(
         condition.execution_reason = Condition.CANCELLED
         text = "The task was cancelled."
     elif state is TaskState.FAILED:
-        condition.execution_reason = Condition.NON_ZERO_EXIT_CODE
+        # Without a result it was never started: there was no image.
+        if result is None or result.missing_image:
+            condition.reason = Condition.CONTAINER_MISSING
+        else:
+            condition.execution_reason = Condition.NON_ZERO_EXIT_CODE
         text = result.message if result else execution.failure
     set_condition(
         condition,

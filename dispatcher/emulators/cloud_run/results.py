@@ -33,7 +33,7 @@ def attempt_result(end: TaskEnd, stop: Stop | None, memory: str) -> AttemptResul
     if stop is Stop.TIMEOUT:
         return AttemptResult(Code.DEADLINE_EXCEEDED, TIMEOUT_MESSAGE, code, end.term_signal)
     if end.problem:
-        return AttemptResult(Code.INTERNAL, end.problem)
+        return AttemptResult(Code.INTERNAL, end.problem, missing_image=end.missing_image)
     return _by_itself(end, memory)
 
 

@@ -1,7 +1,8 @@
 """What the world hands to a runner and gets back: one attempt of one task.
 
 A runner makes an attempt happen. `scripted.py` has one that only pretends, `processes.py` one that
-starts a local process. The world decides everything else: timeouts, retries, cancellation.
+starts a local process, `containers.py` one that starts a container. The world decides everything
+else: timeouts, retries, cancellation.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
+
+from dispatcher.emulators.cloud_run.quantities import DEFAULT_CPU, DEFAULT_MEMORY
 
 __all__ = ["Handle", "Line", "Runner", "TaskEnd", "TaskStart"]
 
@@ -41,6 +44,14 @@ class TaskStart:
 
     at: float
     """When it started, in seconds since 1970."""
+
+    working_dir: str = ""
+    """Where the container's program starts; the image's own place if it is not said."""
+
+    memory: str = DEFAULT_MEMORY
+    """The container's limits, as the job writes them: see `quantities.py`."""
+
+    cpu: str = DEFAULT_CPU
 
     @property
     def execution_id(self) -> str:
@@ -83,6 +94,9 @@ class TaskEnd:
     out_of_memory: bool = False
     problem: str = ""
     """Why it could not be started at all; nothing else counts then."""
+
+    missing_image: bool = False
+    """Whether that was its image: then the other tasks of the execution do not start either."""
 
     lines: tuple[str | Line, ...] = ()
     """What it writes. A script's lines are written at its end."""
