@@ -15,6 +15,10 @@ from typing import IO, Any
 import grpc
 import pytest
 from emulators.cloud import JOB, Cloud, Clouds, eventually
+from google.cloud.logging_v2.services.logging_service_v2 import LoggingServiceV2Client
+from google.cloud.logging_v2.services.logging_service_v2.transports import (
+    LoggingServiceV2GrpcTransport,
+)
 from typer.testing import CliRunner
 
 from dispatcher.cli import app
@@ -188,15 +192,19 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
 def test_no_process_outlives_an_emulator_that_was_killed(tmp_path: Path) -> None:
     definitions = tmp_path / "jobs.yaml"
     definitions.write_text(f"{JOB}:\n  image: app\n")
-    pids = tmp_path / "pids"
     # The second process is one that the first has started, and does not wait for.
-    image = f"app=/bin/sh -c 'sleep 600 & echo $$ $! > {pids}; exec sleep 600'"
+    image = "app=/bin/sh -c 'sleep 600 & echo $$ $!; exec sleep 600'"
     with served("--image", image, "--definitions", str(definitions)) as one:
         with grpc.insecure_channel(one.grpc_address) as channel:
             Cloud(one, "grpc", channel).run()  # type: ignore[arg-type]  # only its address is used
-        found = eventually(
-            lambda: pids.read_text().split() if pids.exists() else [], lambda seen: len(seen) == 2
-        )
+            logging = LoggingServiceV2Client(
+                transport=LoggingServiceV2GrpcTransport(channel=channel)
+            )
+            # What has been logged is known to the guard, too.
+            (line,) = eventually(
+                lambda: list(logging.list_log_entries(resource_names=["projects/p"])), bool
+            )
+        found = line.text_payload.split()
         assert all(is_alive(int(pid)) for pid in found)
         os.kill(one.process.pid, signal.SIGKILL)
         eventually(lambda: not any(is_alive(int(pid)) for pid in found))
