@@ -213,7 +213,8 @@ class TestBuckets:
     def test_a_storage_that_does_not_answer_is_unreachable(
         self, bucket: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bucket.socket.close()
+        bucket.shutdown()  # or it might just be looking at the socket
+        bucket.server_close()
         monkeypatch.setattr(storage, "_RETRY", {"max_retries": 0})
         said = refusal("s3://b/a.jsonl", Unreachable)
         assert "Debug" not in said
