@@ -255,7 +255,8 @@ class TestRefusals:
         self, gcs: FakeGcs, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(storage, "_RETRY", {"max_retries": 0})
-        gcs.socket.close()
+        gcs.shutdown()  # or it might just be looking at the socket
+        gcs.server_close()
         place = Storage("gs://bucket")
         for act in (place.check, lambda: place.read("a", 1), lambda: list(place.list("a"))):
             with pytest.raises(Unreachable, match=r"^cannot \w+ gs://bucket/\S+ now: ") as caught:
