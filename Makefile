@@ -27,10 +27,10 @@ demo: $(READY) ## Export a sample database with real servers and workers, and ch
 	$(BIN)/python -m examples.export.demo
 
 test: $(READY) ## Run every test, with coverage of lines and branches
-	$(BIN)/pytest -n 3 --dist worksteal --cov --cov-report=term-missing:skip-covered
+	$(BIN)/pytest -n 4 --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 coverage: $(READY) ## The same, and count the lines that workers and other processes run
-	$(BIN)/pytest -n 3 --dist worksteal --cov --cov-config=tests/coverage-everywhere.ini \
+	$(BIN)/pytest -n 4 --dist worksteal --cov --cov-config=tests/coverage-everywhere.ini \
 	    --cov-report=term-missing:skip-covered
 
 lint: $(READY) ## Check style, types and which part may import which
