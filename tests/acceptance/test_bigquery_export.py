@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
@@ -19,7 +17,6 @@ from threading import Event
 from typing import Any
 from zoneinfo import ZoneInfo
 
-import hcl2
 import pytest
 import yaml
 from google.api_core.exceptions import GoogleAPIError, NotFound
@@ -37,6 +34,7 @@ from nights import (
     kill_container,
     unpacked,
 )
+from terraform import granted, resources
 from typer.testing import CliRunner
 from warehouse import Table, Warehouse, serve
 
@@ -196,7 +194,7 @@ def test_on_cloud_run_a_night_is_one_execution_and_a_retry_one_task_with_what_fa
         applied = CliRunner().invoke(app, ["apply", "--yes"], env=site.environment)
         assert applied.exit_code == 0, applied.output
         # From here on with the permissions that the Terraform gives the workers, and no more.
-        cloud.world.permissions = granted()
+        cloud.world.permissions = granted(HERE)
         site.worker()
         with site.dispatcher() as dispatcher:
             batch = dispatcher.enqueue("bigquery-export", overrides={"tasks": 3})
@@ -483,36 +481,9 @@ def test_the_image_has_the_clients_that_these_tests_ran_with() -> None:
     assert pins == [f"{name}=={version(name)}" for name in names]
 
 
-def terraform() -> dict[str, Any]:
-    """The resources of the set-up by their addresses, their texts without quotes."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key.strip('"'): plain(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [plain(inner) for inner in value]
-        return value.strip('"') if isinstance(value, str) else value
-
-    with (HERE / "terraform" / "main.tf").open() as file:
-        read = plain(hcl2.load(file))
-    return {
-        f"{kind}.{name}": body
-        for block in read["resource"]
-        for kind, named in block.items()
-        for name, body in named.items()
-    }
-
-
-def granted() -> frozenset[str]:
-    """What the workers may do with Cloud Run and Logging, by all of their roles."""
-    kinds = "google_project_iam_custom_role."
-    roles = [body for name, body in terraform().items() if name.startswith(kinds)]
-    return frozenset(one for body in roles for one in body["permissions"])
-
-
 def test_the_cloud_has_the_job_and_the_bucket_of_the_jobs_file() -> None:
     job = load_config(str(HERE / "jobs.yaml")).job("bigquery-export")
-    made = terraform()
+    made = resources(HERE)
     export = made["google_cloud_run_v2_job.export"]
     assert export["name"] == job.options["job"]
     assert export["template"][0]["template"][0]["max_retries"] == 0
@@ -524,7 +495,7 @@ def test_the_cloud_has_the_job_and_the_bucket_of_the_jobs_file() -> None:
 
 def test_workers_read_no_row_and_containers_start_nothing_but_jobs_of_bigquery() -> None:
     grants: dict[str, set[tuple[str, str]]] = {"worker": set(), "task": set()}
-    for name, body in terraform().items():
+    for name, body in resources(HERE).items():
         if "_iam_member." in name:
             who = body["member"].removeprefix("${google_service_account.").partition(".")[0]
             grants[who].add((name.partition("_iam_member.")[0], body["role"]))
@@ -542,14 +513,3 @@ def test_workers_read_no_row_and_containers_start_nothing_but_jobs_of_bigquery()
             ("google_storage_bucket", "roles/storage.objectViewer"),
         },
     }
-
-
-@pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform is not installed")
-def test_the_terraform_is_formatted() -> None:
-    done = subprocess.run(
-        ["terraform", "fmt", "-check", "-diff", "-recursive", str(HERE)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import hcl2
 import pytest
 import yaml
+from terraform import granted, resources
 from typer.testing import CliRunner, Result
 
 from dispatcher import Batch, ChunkState, Dispatcher, load_config
@@ -123,7 +121,7 @@ def test_ids_run_as_many_tasks_as_there_are_chunks_and_only_what_failed_runs_aga
     assert story.command("apply", "--yes").exit_code == 0
     assert story.command("apply", "--check").exit_code == 0
     # From here on with the permissions that the Terraform gives the workers, and no more.
-    story.cloud.world.permissions = granted()
+    story.cloud.world.permissions = granted(HERE)
     after = story.command("--json", "check")
     found = json.loads(after.stdout)
     assert after.exit_code == 0, after.stdout
@@ -209,38 +207,9 @@ def test_the_laptops_jobs_are_the_clouds_but_for_the_place_and_the_waits() -> No
     assert (schedule.cron, schedule.timezone) == ("0 6 * * *", "Asia/Tokyo")
 
 
-def terraform() -> dict[str, dict[str, Any]]:
-    """The resources and locals of the set-up by their addresses, their texts without quotes."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key.strip('"'): plain(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [plain(inner) for inner in value]
-        return value.strip('"') if isinstance(value, str) else value
-
-    with (HERE / "terraform" / "main.tf").open() as file:
-        read = plain(hcl2.load(file))
-    found = {
-        f"{kind}.{name}": body
-        for block in read["resource"]
-        for kind, named in block.items()
-        for name, body in named.items()
-    }
-    (found["locals"],) = read["locals"]
-    return found
-
-
-def granted() -> frozenset[str]:
-    """What the workers may do with Cloud Run and Logging, by all of their roles."""
-    kinds = "google_project_iam_custom_role."
-    roles = [body for name, body in terraform().items() if name.startswith(kinds)]
-    return frozenset(one for body in roles for one in body["permissions"])
-
-
 def test_the_cloud_has_the_jobs_of_the_jobs_file_with_their_images_and_no_retries() -> None:
     jobs = load_config(str(HERE / "jobs.yaml")).jobs
-    made = terraform()
+    made = resources(HERE)
     images = {
         job.options["job"]: job.options["definition"]["image"].rpartition("/")[2].partition(":")[0]
         for job in jobs.values()
@@ -258,7 +227,7 @@ def test_only_the_workers_may_run_anything_and_only_these_jobs() -> None:
             body["member"].removeprefix("${google_service_account.").partition(".")[0],
             body["role"],
         )
-        for name, body in terraform().items()
+        for name, body in resources(HERE).items()
         if "_iam_member." in name
     }
     bucket = "google_storage_bucket_iam_member"
@@ -274,19 +243,8 @@ def test_only_the_workers_may_run_anything_and_only_these_jobs() -> None:
         (bucket, "task", "roles/storage.objectUser"),
         (bucket, "task", "roles/storage.objectViewer"),
     }
-    follower = terraform()["google_project_iam_custom_role.follower"]["permissions"]
+    follower = resources(HERE)["google_project_iam_custom_role.follower"]["permissions"]
     assert all(one.endswith((".get", ".list")) for one in follower)
-
-
-@pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform is not installed")
-def test_the_terraform_is_formatted() -> None:
-    done = subprocess.run(
-        ["terraform", "fmt", "-check", "-diff", "-recursive", str(HERE)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_program_tells_wrong_usage_from_ids_that_failed(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from threading import Barrier
 from typing import Any
 
-import hcl2
 import httpx
 import pytest
 import schemathesis
@@ -28,6 +27,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
+from terraform import resources
 
 from dispatcher import ConfigurationError, Dispatcher, load_config
 from examples.compute_api.app import Order, Variables, create, create_app, read_tokens
@@ -541,30 +541,10 @@ def test_both_jobs_files_raise_the_same_fence_which_is_the_apis_own() -> None:
     assert fence.timeout == timedelta(seconds=most("timeout_seconds"))
 
 
-def terraform() -> dict[str, dict[str, Any]]:
-    """The resources of the set-up by their addresses, their texts without quotes."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key.strip('"'): plain(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [plain(inner) for inner in value]
-        return value.strip('"') if isinstance(value, str) else value
-
-    with (HERE / "terraform" / "main.tf").open() as file:
-        blocks = plain(hcl2.load(file))["resource"]
-    return {
-        f"{kind}.{name}": body
-        for block in blocks
-        for kind, named in block.items()
-        for name, body in named.items()
-    }
-
-
 def test_in_the_cloud_only_the_workers_may_run_anything() -> None:
     grants = {
         (body["member"].removeprefix("${google_service_account.").partition(".")[0], body["role"])
-        for name, body in terraform().items()
+        for name, body in resources(HERE).items()
         if "_iam_member." in name
     }
     assert grants == {
@@ -579,19 +559,8 @@ def test_in_the_cloud_only_the_workers_may_run_anything() -> None:
 
 def test_the_cloud_run_job_leaves_retries_to_the_dispatcher_and_has_room_for_the_fence() -> None:
     fence = load_config(str(HERE / "jobs.yaml")).jobs["count-primes"].overrides
-    (execution,) = terraform()["google_cloud_run_v2_job.count_primes"]["template"]
+    (execution,) = resources(HERE)["google_cloud_run_v2_job.count_primes"]["template"]
     (task,) = execution["template"]
     assert task["max_retries"] == 0
     assert fence.timeout == timedelta(seconds=int(task["timeout"].removesuffix("s")))
     assert execution["parallelism"] == 0, "Cloud Run refuses fewer tasks than that"
-
-
-@pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform is not installed")
-def test_the_terraform_is_formatted() -> None:
-    done = subprocess.run(
-        ["terraform", "fmt", "-check", "-diff", "-recursive", str(HERE)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
