@@ -6,8 +6,10 @@ A backend that can do so is `Definable`. Nothing is shown, and nobody is asked, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -42,7 +44,7 @@ def compare(config: Config, names: Sequence[str]) -> list[Defined]:
     """
     asked = [config.job(name) for name in dict.fromkeys(names)] or list(config.jobs.values())
     backends = {job.target: make_backend(config.targets[job.target]) for job in asked}
-    _refuse_two_wills(config, backends)
+    _refuse_two_wills(config, backends, {job.name for job in asked})
     found = []
     for job in asked:
         backend = backends[job.target]
@@ -74,9 +76,11 @@ def write(defined: Defined) -> str:
         return defined.backend.apply(defined.job, defined.options)
 
 
-def _refuse_two_wills(config: Config, backends: Mapping[str, Backend]) -> None:
-    """See that no definition would be written by one job, and written over by the next."""
-    first: dict[str, tuple[Job, BaseModel]] = {}
+def _refuse_two_wills(
+    config: Config, backends: Mapping[str, Backend], asked: AbstractSet[str]
+) -> None:
+    """See that what the asked jobs write would not be written over by another job."""
+    known: dict[str, list[tuple[Job, dict[str, Any]]]] = {}
     for job in config.jobs.values():
         backend = backends.get(job.target)
         if not isinstance(backend, Definable):
@@ -84,14 +88,29 @@ def _refuse_two_wills(config: Config, backends: Mapping[str, Backend]) -> None:
         wanted = backend.wanted(backend.Options.model_validate(job.options))
         if wanted is None:
             continue
-        name, will = wanted
-        other, its = first.setdefault(name, (job, will))
-        if its != will:
-            raise InvalidInput(
-                f"jobs {other.name} and {job.name} define {name} differently, so each would undo "
-                "what the other applies: give both the same options.definition, or leave it to one "
-                "of them, or name different jobs of the provider"
-            )
+        name, will = wanted[0], wanted[1].model_dump(exclude_none=True)
+        for other, its in known.setdefault(name, []):
+            if asked & {job.name, other.name} and (where := _differ(its, will)):
+                raise InvalidInput(
+                    f"jobs {other.name} and {job.name} define {name} differently ({where}), so "
+                    "each would undo what the other applies: give both the same "
+                    "options.definition, or leave it to one of them, or name different jobs of the "
+                    "provider"
+                )
+        known[name].append((job, will))
+
+
+def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Name the first value that both set, each to something else."""
+    for key in sorted(one.keys() & other.keys()):
+        mine, its = one[key], other[key]
+        if isinstance(mine, dict) and isinstance(its, dict):
+            within = _differ(mine, its)
+            if within is not None:
+                return f"{key}.{within}"
+        elif mine != its:
+            return key
+    return None
 
 
 @contextmanager

@@ -35,6 +35,7 @@ import io
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -1253,6 +1254,13 @@ class _Supervisor:
         self.task = task
         self.child: subprocess.Popen[bytes] | None = None
         self.stopped = False
+        # Each signal wakes the wait for the child by a pipe: also one that came just before it, and
+        # the one that tells of the child's end.
+        self._woken, wake = os.pipe()
+        os.set_blocking(self._woken, False)
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(signum, self._hand_on)
 
@@ -1309,11 +1317,11 @@ class _Supervisor:
             self.child.terminate()
         try:
             while True:
-                try:
-                    # A wait without an end would not notice a signal that came just before it.
-                    return self.child.wait(60)
-                except subprocess.TimeoutExpired:
-                    continue
+                code = self.child.poll()
+                if code is not None:
+                    return code
+                if select.select([self._woken], [], [], 60)[0]:
+                    os.read(self._woken, 4096)
         finally:
             self.child = None
 

@@ -528,8 +528,14 @@ def _situation(case: _Case, one: Live, who: str) -> Point:
         since = one.unread_since or now
         text = (
             f"{who} {are} waiting for the storage, which does not answer since {ago(since, now)}: "
-            f"tasks of target {target} have ended, and their receipts cannot be read. "
-            f"{span(STORAGE_PATIENCE)} after its end, what the provider says of a task counts "
+            f"on target {target} the task has ended, and its receipt cannot be read"
+            if one.tasks == one.executions
+            else f"{who} may be waiting for the storage, which does not answer since "
+            f"{ago(since, now)}: on target {target} some of {one.tasks} open tasks have ended, and "
+            "their receipts cannot be read; what still runs runs on"
+        )
+        text += (
+            f". {span(STORAGE_PATIENCE)} after its end, what the provider says of a task counts "
             "without."
         )
         facts |= {"unread_since": one.unread_since, "handle": one.handle}

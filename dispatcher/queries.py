@@ -661,12 +661,12 @@ def live(store: Store, batch_id: str, execution_id: int | None = None) -> dict[s
                 )
             FROM dispatcher.execution e CROSS JOIN LATERAL (
                 SELECT CASE
-                    WHEN e.unread_since IS NOT NULL THEN 'unread'
                     WHEN e.cancel_requested_at IS NOT NULL THEN 'cancelling'
                     WHEN e.state = 'unknown' THEN 'unknown'
                     WHEN e.state = 'intended' AND e.next_call_at IS NOT NULL THEN 'throttled'
                     WHEN e.state = 'intended' THEN 'calling'
                     WHEN e.absent_since IS NOT NULL THEN 'absent'
+                    WHEN e.unread_since IS NOT NULL THEN 'unread'
                     WHEN e.started_at IS NULL THEN 'starting'
                     ELSE 'running'
                 END AS what

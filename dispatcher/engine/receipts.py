@@ -85,6 +85,9 @@ class Reading:
     later: set[TaskPlace] = field(default_factory=set)
     """Tasks that were left: what was read is enough for one round."""
 
+    looked: set[TaskPlace] = field(default_factory=set)
+    """Tasks of which it is known now what they wrote, if anything."""
+
 
 class ReceiptReader:
     """Finds and reads the receipts of tasks."""
@@ -167,6 +170,7 @@ class ReceiptReader:
                 log.warning("receipts cannot be listed", key=group[0].key, why=str(error))
                 problem = Told(None, f"it cannot be looked for: {error}", foreign=True)
                 reading.found.update((_place(task), problem) for task in group)
+                reading.looked.update(map(_place, group))
                 continue
             wanted += [(task, uris.get(_place(task)), written) for task in group]
         room, answers = ROUND_BYTES, True
@@ -187,6 +191,7 @@ class ReceiptReader:
                 reading.unread.add(_place(task))
                 answers = False  # the others would wait as long, each of them
                 continue
+            reading.looked.add(_place(task))
             if told is not None:
                 room -= told.size
                 reading.found[_place(task)] = told

@@ -88,13 +88,14 @@ class Settler:
             waited_for = self._still_waited_for(reading.unread)
             unread = waited_for | reading.later
             left |= {execution_id for execution_id, _ in unread}
-            ready = list(_without(part, unread))
+            ready = list(_without(part, unread, reading.looked))
             if ready:
-                failed, unsettled = self._settle_part(place, ready, reading.found)
+                waiting = frozenset(execution_id for execution_id, _ in waited_for)
+                failed, unsettled = self._settle_part(place, ready, reading.found, waiting)
                 left |= unsettled
                 for one in failed[:LOGGED_FAILURES]:
                     self._keep_log(place, one)
-            if waited_for:  # after what was settled of the same executions, which takes it back
+            if waited_for:
                 again(partial(self._store.mark_unread, sorted({i for i, _ in waited_for})))
         return left
 
@@ -115,11 +116,11 @@ class Settler:
         return unread - given_up
 
     def _settle_part(
-        self, place: Place, part: Sequence[Ending], found: Found
+        self, place: Place, part: Sequence[Ending], found: Found, waiting: frozenset[int]
     ) -> tuple[list[Failed], set[int]]:
         """Settle in one transaction, or one by one if a single ending spoils it for the others."""
         try:
-            return again(partial(self._settle, place, part, found)), set()
+            return again(partial(self._settle, place, part, found, waiting)), set()
         except DispatcherError:
             raise
         except Exception:
@@ -129,13 +130,18 @@ class Settler:
         failed: list[Failed] = []
         left: set[int] = set()
         for one in part:
-            more, unsettled = self._settle_part(place, [one], found)
+            more, unsettled = self._settle_part(place, [one], found, waiting)
             failed += more
             left |= unsettled
         return failed, left
 
-    def _settle(self, place: Place, endings: Sequence[Ending], found: Found) -> list[Failed]:
-        """Settle in one transaction; the handles and attempts of tasks that ended badly."""
+    def _settle(
+        self, place: Place, endings: Sequence[Ending], found: Found, waiting: frozenset[int]
+    ) -> list[Failed]:
+        """Settle in one transaction; the handles and attempts of tasks that ended badly.
+
+        `waiting` are the executions of which other tasks still wait for the storage.
+        """
         store = self._store
         ids = sorted({ending.execution_id for ending in endings})
         with store.transaction() as tx:
@@ -160,7 +166,7 @@ class Settler:
                 store.write_results(tx, moved)
                 self._split(tx, moved)
             if closed:
-                store.finish_tasks(tx, closed, ended, _starts(closings))
+                store.finish_tasks(tx, closed, ended, _starts(closings), waiting)
             self._release(tx, moved, ended, plans)
             self._stop_early(tx, moved, plans)
             end_finished_batches(store, tx, {c.attempt.batch_id for c in closings})
@@ -362,16 +368,30 @@ def _parts(endings: Sequence[Ending], most: int) -> Iterator[list[Ending]]:
         yield part
 
 
-def _without(part: Sequence[Ending], unread: Collection[TaskPlace]) -> Iterator[Ending]:
-    """Leave out the tasks whose receipts cannot be read now; their executions go on until then."""
+def _without(
+    part: Sequence[Ending], unread: Collection[TaskPlace], looked: Collection[TaskPlace]
+) -> Iterator[Ending]:
+    """Leave out the tasks whose receipts cannot be read now; their executions go on until then.
+
+    What an end says of tasks that no report tells of is said of those that have been looked at: the
+    next round would else begin with the same ones, and come no further.
+    """
     waiting = {execution_id for execution_id, _ in unread}
     for one in part:
         if one.execution_id not in waiting:
             yield one
             continue
-        tasks = tuple(task for task in one.tasks if (one.execution_id, task.index) not in unread)
+        tasks = [task for task in one.tasks if (one.execution_id, task.index) not in unread]
+        if one.final:
+            told = {task.index for task in one.tasks}
+            outcome, reason = one.rest
+            tasks += [
+                TaskReport(index, outcome, reason=reason)
+                for execution_id, index in sorted(looked)
+                if execution_id == one.execution_id and index not in told
+            ]
         if tasks:
-            yield replace(one, tasks=tasks, final=False)
+            yield replace(one, tasks=tuple(tasks), final=False)
 
 
 def _pieces(ending: Ending, most: int) -> Iterator[Ending]:

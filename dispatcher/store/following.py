@@ -77,10 +77,13 @@ class FollowStore(BaseStore):
             self.run(
                 tx,
                 """
-                WITH e AS (
-                    UPDATE dispatcher.execution SET absent_since = now()
+                WITH l AS MATERIALIZED (
+                    SELECT id FROM dispatcher.execution
                     WHERE id = ANY(:ids) AND state = 'launched' AND absent_since IS NULL
-                    RETURNING id, batch_id
+                    ORDER BY id FOR UPDATE
+                ), e AS (
+                    UPDATE dispatcher.execution e SET absent_since = now()
+                    FROM l WHERE e.id = l.id RETURNING e.id, e.batch_id
                 )
                 INSERT INTO dispatcher.event (at, actor, kind, batch_id, execution_id, reason)
                 SELECT now(), :actor, 'execution', batch_id, id, 'the provider does not know it'
@@ -96,10 +99,13 @@ class FollowStore(BaseStore):
             self.run(
                 tx,
                 """
-                WITH e AS (
-                    UPDATE dispatcher.execution SET unread_since = now()
+                WITH l AS MATERIALIZED (
+                    SELECT id FROM dispatcher.execution
                     WHERE id = ANY(:ids) AND state = 'launched' AND unread_since IS NULL
-                    RETURNING id, batch_id
+                    ORDER BY id FOR UPDATE
+                ), e AS (
+                    UPDATE dispatcher.execution e SET unread_since = now()
+                    FROM l WHERE e.id = l.id RETURNING e.id, e.batch_id
                 )
                 INSERT INTO dispatcher.event (at, actor, kind, batch_id, execution_id, reason)
                 SELECT now(), :actor, 'execution', batch_id, id,
@@ -236,7 +242,7 @@ class FollowStore(BaseStore):
                 WITH e AS (
                     UPDATE dispatcher.execution
                     SET handle = :new, console_url = NULL, logs_url = NULL, absent_since = NULL,
-                        reason = :reason
+                        unread_since = NULL, reason = :reason
                     WHERE key = :key AND state = 'launched' AND handle = :old
                     RETURNING id, batch_id
                 ), v AS (

@@ -369,10 +369,12 @@ class SettleStore(BaseStore):
         closed: Mapping[int, int],
         ended: Mapping[int, str | None],
         started: Mapping[int, datetime | None],
+        waiting: Iterable[int] = (),
     ) -> None:
         """Give back the slots of closed tasks, and end executions of which nothing runs any more.
 
-        `closed` counts the tasks closed now; `ended` gives the reason, if any, of those that end.
+        `closed` counts the tasks closed now; `ended` gives the reason, if any, of those that end;
+        `waiting` are those of which other tasks still wait for their receipts to be read.
         """
         self.run(
             tx,
@@ -393,7 +395,8 @@ class SettleStore(BaseStore):
                     next_call_at = CASE WHEN n.ended THEN NULL ELSE e.next_call_at END,
                     next_look_at = CASE WHEN n.ended THEN NULL ELSE e.next_look_at END,
                     reason = coalesce(n.reason, e.reason),
-                    unread_since = NULL,
+                    unread_since = CASE WHEN NOT n.ended AND e.id = ANY(:waiting)
+                        THEN e.unread_since END,
                     started_at = coalesce(e.started_at, n.started_at)
                 FROM n WHERE e.id = n.id
                 RETURNING e.id, e.batch_id, n.ended, n.reason
@@ -409,6 +412,7 @@ class SettleStore(BaseStore):
             ended=[i in ended for i in closed],
             reasons=[ended.get(i) for i in closed],
             started=[started.get(i) for i in closed],
+            waiting=list(waiting),
         )
 
     def release_packs(self, tx: sa.Connection, execution_ids: Sequence[int]) -> None:

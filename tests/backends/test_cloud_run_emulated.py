@@ -954,11 +954,18 @@ def test_apply_refuses_jobs_that_would_undo_each_others_definition(
     if container is not None:
         options["container"] = container
     document["jobs"]["weekly"] = {"target": "cloud", "options": options}
+    # Only what both set is compared: this one sets less, and not otherwise.
+    part = {"job": "nightly-etl", "definition": {"image": "img:1", "env": {"OTHER": "x"}}}
+    document["jobs"]["partly"] = {"target": "cloud", "options": part}
+    other = {"job": "monthly-etl", "definition": DEFINITION}
+    document["jobs"]["monthly"] = {"target": "cloud", "options": other}
     Path(jobs_file).write_text(json.dumps(document))
     code, _, err = run_apply("--jobs", jobs_file, "--check", "nightly")
     assert code == (2 if refused else 1)
     name = f"projects/{PROJECT}/locations/{REGION}/jobs/nightly-etl"
-    assert (f"jobs nightly and weekly define {name} differently" in err) is refused
+    said = f"jobs nightly and weekly define {name} differently (image)"
+    assert (said in err) is refused
+    assert run_apply("--jobs", jobs_file, "--check", "monthly")[0] == 1, "it is none of the two"
     assert cloud.calls["Jobs.CreateJob"] == 0
 
 

@@ -22,7 +22,7 @@ from google.cloud.logging_v2.services.logging_service_v2.transports import (
 from typer.testing import CliRunner
 
 from dispatcher.cli import app
-from dispatcher.emulators.cloud_run import CloudRunEmulator
+from dispatcher.emulators.cloud_run import CloudRunEmulator, process_guard
 from dispatcher.emulators.cloud_run.processes import ProcessRunner
 
 SH = ["/bin/sh", "-c"]
@@ -208,6 +208,18 @@ def test_no_process_outlives_an_emulator_that_was_killed(tmp_path: Path) -> None
         assert all(is_alive(int(pid)) for pid in found)
         os.kill(one.process.pid, signal.SIGKILL)
         eventually(lambda: not any(is_alive(int(pid)) for pid in found))
+
+
+def test_an_engine_that_removes_nothing_keeps_the_guard_for_a_while_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "engine"
+    engine.write_text(
+        "#!/bin/sh\n[ $1 = ps ] && { echo c1; exit; }\necho device busy >&2; exit 1\n"
+    )
+    engine.chmod(0o755)
+    process_guard.remove(str(engine), "label=x", settle=0.0, patience=0.5)
+    assert "containers of the emulator may be left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -406,6 +406,11 @@ class Flaky(Storage):
             raise Unreachable("timed out")
         return super().list(prefix)
 
+    def read(self, path: str, most: int) -> bytes | None:
+        if self.down:
+            raise Unreachable("timed out")
+        return super().read(path, most)
+
 
 def test_while_the_storage_does_not_answer_nothing_is_decided(make: Make, tmp_path: Path) -> None:
     storage = Flaky(f"file://{tmp_path}/flaky")
@@ -443,6 +448,23 @@ def test_a_storage_that_stays_away_holds_no_end_up_for_ever(make: Make, tmp_path
     assert batch.state == "succeeded", "the provider's word"
 
 
+def test_an_outage_of_the_storage_is_told_from_its_beginning(make: Make, tmp_path: Path) -> None:
+    storage = Flaky(f"file://{tmp_path}/flaky")
+    bench, containers = make(storage=storage, options={"max_tasks": 2, "parallelism": 2})
+    containers.work = lambda _request, task, _items: Ending(seconds=2 + 600 * task.chunk_index)
+    batch = bench.enqueue(["a", "b"])
+    bench.turn()
+    storage.down = True
+    for _ in range(100):
+        bench.turn(10)
+    assert states(bench, batch) == {0: "succeeded", 1: "running"}, "the first one is given up"
+    assert "which does not answer since 16 min ago" in explain(bench.store, batch.id).text
+    reasons = [str(event.reason) for event in bench.dispatcher.events(batch.id)]
+    assert len([one for one in reasons if "cannot be read" in one]) == 1
+    storage.down = False
+    assert bench.finish(batch, step=6).state == "succeeded"
+
+
 def test_receipts_are_read_at_the_same_time(make: Make, tmp_path: Path) -> None:
     class Slow(Storage):
         most = now = 0
@@ -476,6 +498,26 @@ def test_what_is_too_much_for_one_round_is_settled_in_the_next_however_late_that
     ended = [state for state in states(bench, batch).values() if state == "succeeded"]
     assert len(ended) == 1, "one receipt fills the room"
     assert bench.finish(batch, step=step).state == "succeeded"
+    assert all(one.told for one in bench.dispatcher.items(batch.id))
+
+
+def test_what_a_forgotten_execution_wrote_is_settled_in_rounds_too(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receipts_module, "ROUND_BYTES", 1)
+    bench, containers = make(options={"max_tasks": 5, "parallelism": 5})
+
+    def work(request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
+        containers.all_good(request, task, items)
+        return Ending(seconds=100_000)
+
+    containers.work = work
+    batch = bench.enqueue(range(5))
+    bench.turn()
+    bench.turn(2)
+    (handle,) = bench.sql("SELECT handle FROM dispatcher.execution")
+    bench.world.vanish(handle)
+    assert bench.finish(batch, step=60).state == "succeeded"
     assert all(one.told for one in bench.dispatcher.items(batch.id))
 
 

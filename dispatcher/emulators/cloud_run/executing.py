@@ -261,7 +261,11 @@ class Executor:
             execution.missing_image = True
             execution.failure = task.result.message
             self._end_waiting(execution, moment, TaskState.FAILED)
-        elif attempt < execution.max_retries and not execution.stopping:
+        elif (
+            attempt < execution.max_retries
+            and not execution.stopping
+            and not execution.missing_image
+        ):
             task.state = TaskState.WAITING
             execution.retried += 1
             execution.again.append(task.index)

@@ -55,16 +55,16 @@ def watch(engine: list[str]) -> None:
 def remove(command: str, label: str, *, settle: float, patience: float) -> None:
     """Remove the containers with a label until none has been there for `settle` seconds."""
     none_since: float | None = None
-    answered = time.monotonic()
+    answered = time.monotonic()  # and did what it was asked for
     while True:
         try:
             found = call(command, "ps", "--all", "--quiet", "--filter", f"label={label}").split()
+            if found:
+                call(command, "rm", "--force", "--volumes", *found)
             answered = now = time.monotonic()
             none_since = None if found else none_since or now
             if none_since is not None and now - none_since >= settle:
                 return
-            if found:
-                call(command, "rm", "--force", "--volumes", *found)
         except (OSError, subprocess.SubprocessError) as error:
             if time.monotonic() - answered > patience:
                 words = getattr(error, "stderr", None) or str(error)
