@@ -78,10 +78,13 @@ class Claims:
         from now on, and the other one is a stray when it is found.
         """
         known = self._store.known_keys([one.key for one in found])
+        lag = place.backend.limits.find_grace.total_seconds()
         for one in found:
-            state, handle = known.get(one.key, (ExecutionState.ENDED, None))
+            state, handle, ended_for = known.get(one.key, (ExecutionState.ENDED, None, None))
             if state != ExecutionState.ENDED and handle in (None, one.handle):
                 continue  # it is the one, or its launch is still being found out
+            if handle == one.handle and ended_for is not None and ended_for < lag:
+                continue  # the list may lag; what does run on is found again
             try:
                 followed = self._follows(place, one, state, handle, reason)
             except Unreachable as error:

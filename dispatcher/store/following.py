@@ -223,15 +223,16 @@ class FollowStore(BaseStore):
                 found.setdefault(what, []).append(ExecutionRow(*columns))
             return found
 
-    def known_keys(self, keys: Sequence[str]) -> dict[str, tuple[str, str | None]]:
-        """Read state and handle of executions by key."""
+    def known_keys(self, keys: Sequence[str]) -> dict[str, tuple[str, str | None, float | None]]:
+        """Read state and handle of executions by key, and for how many seconds they are ended."""
         with self.transaction() as tx:
             rows = self.run(
                 tx,
-                "SELECT key, state, handle FROM dispatcher.execution WHERE key = ANY(:keys)",
+                "SELECT key, state, handle, extract(epoch FROM now() - finished_at)::float8"
+                " FROM dispatcher.execution WHERE key = ANY(:keys)",
                 keys=list(keys),
             )
-            return {row[0]: (row[1], row[2]) for row in rows}
+            return {row[0]: (row[1], row[2], row[3]) for row in rows}
 
     def follow_winner(self, key: str, old: str, new: str, reason: str) -> bool:
         """Change the handle of a launched execution to that of the one which claimed its key."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from workbench import HERE, Bench, job
@@ -205,3 +206,34 @@ def test_a_double_of_what_has_ended_shall_not_begin_any_more(
     bench.engine.sweep_strays(HERE)
     assert bench.sql("SELECT handle FROM dispatcher.execution WHERE stray") == [first]
     assert storage.read(f"claims/{key}", 100) == b"nobody"
+
+
+def test_an_execution_that_has_just_ended_is_no_stray_of_a_list_that_lags(
+    make_bench: MakeBench,
+) -> None:
+    class Lagging:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+            self.shown: list[Launched] = []
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def strays(self, _instance: str, _since: datetime) -> list[Launched]:
+            return self.shown
+
+    made: list[Lagging] = []
+
+    def wrap(inner: Any) -> Lagging:
+        made.append(Lagging(inner))
+        return made[-1]
+
+    bench = make_bench(wrap=wrap, settings={"find_grace": "20s"})
+    bench.finish(bench.enqueue([1]))
+    ((key, handle),) = bench.sql("SELECT key, handle FROM dispatcher.execution")
+    made[0].shown = [Launched(key=key, handle=handle)]
+    bench.engine.sweep_strays(HERE)
+    assert bench.sql("SELECT count(*) FROM dispatcher.execution WHERE stray") == [0]
+    bench.advance(600)
+    bench.engine.sweep_strays(HERE)
+    assert bench.sql("SELECT count(*) FROM dispatcher.execution WHERE stray") == [1], "it runs on"
