@@ -88,15 +88,15 @@ class Settler:
             waited_for = self._still_waited_for(reading.unread)
             unread = waited_for | reading.later
             left |= {execution_id for execution_id, _ in unread}
+            waiting = frozenset(execution_id for execution_id, _ in waited_for)
             ready = list(_without(part, unread, reading.looked))
             if ready:
-                waiting = frozenset(execution_id for execution_id, _ in waited_for)
                 failed, unsettled = self._settle_part(place, ready, reading.found, waiting)
                 left |= unsettled
                 for one in failed[:LOGGED_FAILURES]:
                     self._keep_log(place, one)
-            if waited_for:
-                again(partial(self._store.mark_unread, sorted({i for i, _ in waited_for})))
+            if waiting:
+                again(partial(self._store.mark_unread, sorted(waiting)))
         return left
 
     def _still_waited_for(self, unread: set[TaskPlace]) -> set[TaskPlace]:

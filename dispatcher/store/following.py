@@ -73,47 +73,33 @@ class FollowStore(BaseStore):
 
     def mark_absent(self, ids: Sequence[int]) -> None:
         """Record since when the provider does not know executions; the grace counts from there."""
-        with self.transaction() as tx:
-            self.run(
-                tx,
-                """
-                WITH l AS MATERIALIZED (
-                    SELECT id FROM dispatcher.execution
-                    WHERE id = ANY(:ids) AND state = 'launched' AND absent_since IS NULL
-                    ORDER BY id FOR UPDATE
-                ), e AS (
-                    UPDATE dispatcher.execution e SET absent_since = now()
-                    FROM l WHERE e.id = l.id RETURNING e.id, e.batch_id
-                )
-                INSERT INTO dispatcher.event (at, actor, kind, batch_id, execution_id, reason)
-                SELECT now(), :actor, 'execution', batch_id, id, 'the provider does not know it'
-                FROM e
-                """,
-                ids=list(ids),
-                actor=self.actor,
-            )
+        self._mark_since("absent_since", ids, "the provider does not know it")
 
     def mark_unread(self, ids: Sequence[int]) -> None:
         """Record since when the receipts of tasks that have ended cannot be read."""
+        reason = "receipts of it cannot be read: the storage does not answer"
+        self._mark_since("unread_since", ids, reason)
+
+    def _mark_since(self, column: str, ids: Sequence[int], reason: str) -> None:
+        """Write into a column since when something is so, and say it once."""
         with self.transaction() as tx:
             self.run(
                 tx,
-                """
+                f"""
                 WITH l AS MATERIALIZED (
                     SELECT id FROM dispatcher.execution
-                    WHERE id = ANY(:ids) AND state = 'launched' AND unread_since IS NULL
+                    WHERE id = ANY(:ids) AND state = 'launched' AND {column} IS NULL
                     ORDER BY id FOR UPDATE
                 ), e AS (
-                    UPDATE dispatcher.execution e SET unread_since = now()
+                    UPDATE dispatcher.execution e SET {column} = now()
                     FROM l WHERE e.id = l.id RETURNING e.id, e.batch_id
                 )
                 INSERT INTO dispatcher.event (at, actor, kind, batch_id, execution_id, reason)
-                SELECT now(), :actor, 'execution', batch_id, id,
-                    'receipts of it cannot be read: the storage does not answer'
-                FROM e
-                """,
+                SELECT now(), :actor, 'execution', batch_id, id, :reason FROM e
+                """,  # noqa: S608 - one of the two columns above
                 ids=list(ids),
                 actor=self.actor,
+                reason=reason,
             )
 
     def mark_present(self, ids: Sequence[int]) -> None:
