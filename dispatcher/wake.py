@@ -82,6 +82,7 @@ class Waker:
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._complained = False
+        self._left = False
 
     def tap(self, name: str, **kwargs: str) -> None:
         """Ask for a task to be run soon. Returns at once and raises nothing."""
@@ -98,28 +99,36 @@ class Waker:
             log.debug("tap dropped; the clock will find it", task=name)
 
     def close(self, timeout: float = LAST_WORDS) -> None:
-        """Send what waits, for a short time at most, and end the thread."""
+        """Send what waits, for a short time at most, and end the thread.
+
+        A thread that a broker holds up for longer is left behind. It says nothing any more: what it
+        would log comes seconds later, when whoever tapped is over and the log may be another's.
+        """
         thread = self._thread
         if thread is None or not thread.is_alive():
             return
         try:
             self._taps.put_nowait(None)
         except queue.Full:
-            return
-        thread.join(timeout)
+            self._left = True
+        else:
+            thread.join(timeout)
+            self._left = thread.is_alive()
         atexit.unregister(self.close)
+        if self._left:
+            log.debug("taps left unsent; clocks will find what they would tell")
 
     def _send_all(self) -> None:
         from celery import Celery  # noqa: PLC0415 - slow to import, and not in the caller's way
 
         app = Celery("dispatcher", set_as_current=False)
         app.conf.update(celery_settings(self._broker_url))
-        while (tap := self._taps.get()) is not None:
+        while not self._left and (tap := self._taps.get()) is not None:
             name, kwargs = tap
             try:
                 app.send_task(name, kwargs=kwargs, retry=False, ignore_result=True)
             except Exception as error:  # noqa: BLE001 - whatever a transport raises: a lost tap
-                if not self._complained:
+                if not self._complained and not self._left:
                     log.warning("the broker does not take taps; clocks will do", why=str(error))
                 self._complained = True
             else:

@@ -1217,10 +1217,11 @@ def test_no_traceback_reaches_a_user_unless_it_is_asked_for(
 
 
 def test_debug_shows_where_an_error_came_from(desk: Desk) -> None:
-    ran = CliRunner(env=desk.settings).invoke(app, ["show", "zzz", "--debug"])
-    assert ran.exit_code == 2
-    assert ran.stderr.startswith("Traceback (most recent call last):")
-    assert ran.stderr.endswith('error: no batch "zzz"; `dispatcher batches` lists them\n')
+    process = desk.spawn("show", "zzz", "--debug", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said, errors = (stream.decode() for stream in process.communicate(timeout=60))
+    assert (process.returncode, said) == (2, "")
+    assert errors.startswith("Traceback (most recent call last):")
+    assert errors.endswith('error: no batch "zzz"; `dispatcher batches` lists them\n')
 
 
 def test_a_reader_that_goes_away_is_no_error(desk: Desk) -> None:

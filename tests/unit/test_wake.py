@@ -106,6 +106,27 @@ def test_a_broker_that_hangs_holds_up_neither_a_tap_nor_the_end_of_the_process()
     assert took < 10.0
 
 
+@pytest.mark.parametrize("waiting", [1, WAITING + 2])
+def test_a_sender_that_was_left_behind_says_nothing_more_and_ends(
+    monkeypatch: pytest.MonkeyPatch, waiting: int
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(wake.log, "warning", lambda text, **_: told.append(text))
+    with silent_broker() as (url, connected):
+        waker = Waker(url)
+        waker.tap(PLAN, batch_id="first")
+        assert connected.wait(30), "the first tap is on its way, and hangs"
+        for number in range(waiting):
+            waker.tap(PLAN, batch_id=str(number))
+        waker.close(timeout=0.1)
+        thread = waker._thread
+        assert thread is not None
+        assert thread.is_alive()
+    thread.join(30)  # the broker has hung up on it
+    assert not thread.is_alive()
+    assert told == []
+
+
 def test_a_broker_that_is_gone_is_told_of_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
