@@ -115,8 +115,6 @@ class Waker:
             thread.join(timeout)
             self._left = thread.is_alive()
         atexit.unregister(self.close)
-        if self._left:
-            log.debug("taps left unsent; clocks will find what they would tell")
 
     def _send_all(self) -> None:
         from celery import Celery  # noqa: PLC0415 - slow to import, and not in the caller's way

@@ -7,6 +7,7 @@ TEST_DATABASE_URL to the URL of a superuser on another server to run against tha
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,15 @@ from psycopg import sql
 pytest.register_assert_rewrite("dispatcher.testing")
 
 from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey  # noqa: E402 - see above
+
+
+def pytest_configure() -> None:
+    """Take ^C as from a terminal, also where a shell began this run in the background.
+
+    Such a shell has it ignored, and so would every process that a test starts to interrupt it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)
