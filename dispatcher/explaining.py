@@ -190,6 +190,8 @@ def _of_batch(case: _Case) -> Iterator[Point]:
         yield from _next_retry(case)
     if case.standing.held and case.standing.held_until is not None:
         yield _held(case.standing.held_until, case.now, _chunks(case.standing.held))
+    if case.standing.awaiting_split:
+        yield _awaiting_split(_chunks(case.standing.awaiting_split))
     yield _deadline(case)
 
 
@@ -406,7 +408,9 @@ def _of_chunk(case: _Case, chunk: Chunk) -> Iterator[Point]:
         yield from _open_chunk(case, chunk, stored.execution_id)
         return
     why, facts = _last_attempt(case, chunk)
-    if chunk.due_at > now:
+    if stored.awaits_split is not None:
+        yield _awaiting_split(f"Chunk {chunk.index}")
+    elif chunk.due_at > now:
         yield Point(
             "retry_due",
             f"A retry of chunk {chunk.index} is due {ahead(chunk.due_at, now)}{why}.",
@@ -580,6 +584,16 @@ def _held(until: datetime, now: datetime, who: str) -> Point:
         f"{who} {'wait' if who.endswith('chunks') else 'waits'} for other retries to share an "
         f"execution with, and will be due {ahead(until, now)} at the latest.",
         {"until": until},
+    )
+
+
+def _awaiting_split(who: str) -> Point:
+    plural = who.endswith("chunks")
+    return Point(
+        "awaits_split",
+        f"{who} {'have' if plural else 'has'} used up {'their' if plural else 'its'} attempts and "
+        f"{'wait' if plural else 'waits'} to be split: each success in this batch pays for some "
+        "more splits. If nothing else of it is open any more, what waits fails as it is.",
     )
 
 

@@ -14,6 +14,7 @@ from dispatcher.errors import UnknownBatch
 from dispatcher.redaction import redact
 from dispatcher.states import FINAL_CHUNK, BatchState, ChunkState, Outcome
 from dispatcher.store import Store
+from dispatcher.store.base import DUE
 
 __all__ = [
     "Attempt",
@@ -485,6 +486,8 @@ class Standing(NamedTuple):
     next_due: datetime | None
     next_due_chunk: int | None
     held_until: datetime | None
+    awaiting_split: int
+    """Pending chunks that wait to be split until successes of the batch pay for it."""
 
 
 class Live(NamedTuple):
@@ -536,6 +539,7 @@ class ChunkStanding(NamedTuple):
     """What is stored of a chunk beside its `Chunk`."""
 
     hold_until: datetime | None
+    awaits_split: str | None
     budget_from: int
     execution_id: int | None
     """Of its open attempt."""
@@ -617,14 +621,17 @@ def standing(store: Store, batch_id: str) -> Standing:
                         AND (l.classid::bigint << 32) | l.objid::bigint
                             = hashtextextended('dispatcher.plan:' || b.id, 0)
                 ),
-                p.due, p.later, p.held, p.next_due, p.next_due_chunk, p.held_until
+                p.due, p.later, p.held, p.next_due, p.next_due_chunk, p.held_until,
+                p.awaiting_split
             FROM dispatcher.batch b CROSS JOIN LATERAL (
                 SELECT
                     count(*) FILTER (
                         WHERE due_at <= now() AND (hold_until IS NULL OR hold_until <= now())
+                            AND awaits_split IS NULL
                     )::int AS due,
                     count(*) FILTER (WHERE due_at > now())::int AS later,
                     count(*) FILTER (WHERE due_at <= now() AND hold_until > now())::int AS held,
+                    count(awaits_split)::int AS awaiting_split,
                     min(due_at) FILTER (WHERE due_at > now()) AS next_due,
                     (array_agg(index ORDER BY due_at, index) FILTER (WHERE due_at > now()))[1]
                         AS next_due_chunk,
@@ -726,16 +733,15 @@ def ahead(store: Store, target: str, priority: int) -> list[tuple[str, str, int]
     with store.transaction() as tx:
         rows = store.run(
             tx,
-            """
+            f"""
             SELECT b.id, b.job_name, b.priority FROM dispatcher.batch b
             WHERE b.target = :target AND b.state = 'running' AND b.cancel_requested_at IS NULL
                 AND b.priority > :priority AND EXISTS (
                     SELECT 1 FROM dispatcher.chunk c
-                    WHERE c.batch_id = b.id AND c.state = 'pending' AND c.due_at <= now()
-                        AND (c.hold_until IS NULL OR c.hold_until <= now())
+                    WHERE c.batch_id = b.id AND {DUE}
                 )
             ORDER BY b.priority DESC, b.created_at LIMIT 5
-            """,
+            """,  # noqa: S608 - a constant of the store
             target=target,
             priority=priority,
         )
@@ -748,7 +754,7 @@ def chunk_standing(store: Store, batch_id: str, index: int) -> ChunkStanding:
         row = store.run(
             tx,
             """
-            SELECT c.hold_until, c.budget_from, a.execution_id
+            SELECT c.hold_until, c.awaits_split, c.budget_from, a.execution_id
             FROM dispatcher.chunk c LEFT JOIN dispatcher.attempt a
                 ON a.batch_id = c.batch_id AND a.chunk_index = c.index AND a.outcome IS NULL
             WHERE c.batch_id = :id AND c.index = :index
@@ -756,7 +762,7 @@ def chunk_standing(store: Store, batch_id: str, index: int) -> ChunkStanding:
             id=batch_id,
             index=index,
         ).first()
-        return ChunkStanding(None, 0, None) if row is None else ChunkStanding(*row)
+        return ChunkStanding(None, None, 0, None) if row is None else ChunkStanding(*row)
 
 
 def troubled(store: Store, batch_id: str) -> set[int]:

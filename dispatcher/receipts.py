@@ -38,6 +38,9 @@ STORAGE_PATIENCE: Final = timedelta(minutes=15)
 MAX_RECEIPT_BYTES: Final = 16 << 20
 """A larger receipt is refused unread; the helper writes none."""
 
+GONE: Final = frozenset({Outcome.LOST, Outcome.PREEMPTED})
+"""Outcomes that say how the container went, and not how its work did: a complete receipt does."""
+
 MAX_OUTPUT_BYTES: Final = 4096
 MAX_TEXT: Final = 1000
 MAX_URI: Final = 8000
@@ -151,8 +154,10 @@ def weigh(
         problem: Why what it wrote cannot be used, if so.
         required: Whether a success needs a complete receipt.
     """
-    if outcome is Outcome.LOST and receipt is not None and receipt.complete and not receipt.failed:
-        return Outcome.SUCCEEDED, f"its receipt is complete; else: {reason or 'lost'}"
+    if outcome in GONE and receipt is not None and receipt.complete:
+        ended = Outcome.FAILED if receipt.failed else Outcome.SUCCEEDED
+        said = _failures(receipt) if receipt.failed else "its receipt is complete"
+        return ended, f"{said}; else: {reason or outcome}"
     if outcome is not Outcome.SUCCEEDED:
         if receipt is not None and receipt.failed:
             return outcome, _joined(reason, _failures(receipt))

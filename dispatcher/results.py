@@ -88,7 +88,7 @@ def items(
                     FROM dispatcher.chunk c JOIN dispatcher.chunk_items i
                         ON i.batch_id = c.batch_id AND i.chunk_index = c.index
                     WHERE c.batch_id = :id AND c.index > :after AND c.state <> 'split'
-                        AND (NOT :failed OR c.state = 'failed')
+                        AND (NOT :failed OR c.state IN ('failed', 'cancelled'))
                         AND (CAST(:chunk AS int) IS NULL OR c.index = :chunk)
                     ORDER BY c.index LIMIT :page
                     """,
@@ -163,8 +163,8 @@ def _item(chunk: Any, position: int, text: str, told: Any) -> Item:
     ok = told is not None and told[3]
     if ok or state == ChunkState.SUCCEEDED:
         standing = ItemState.SUCCEEDED
-    elif state == ChunkState.FAILED:
-        standing = ItemState.FAILED
+    elif state == ChunkState.FAILED or (state == ChunkState.CANCELLED and told is not None):
+        standing = ItemState.FAILED  # of a cancelled chunk what was told to have failed has
     elif state == ChunkState.CANCELLED:
         standing = ItemState.CANCELLED
     else:

@@ -25,6 +25,7 @@ from dispatcher.states import (
     BatchState,
     CancelKind,
     ChunkState,
+    Cut,
     ExecutionState,
     Outcome,
 )
@@ -52,7 +53,7 @@ CODE_VERSION: Final = 3
 """Raised when rows change their meaning. A worker of an older version than the database's
 `installation.oldest_code` refuses to start, and one leaves rows of a newer version alone."""
 
-REVISION: Final = "0004"
+REVISION: Final = "0005"
 """The newest migration; they are numbered, so a database's is older or newer by its number."""
 
 READ_ONLY: Final = "25006"
@@ -210,6 +211,11 @@ chunk = sa.Table(
     ),
     _time("due_at", nullable=False),
     _time("hold_until"),
+    sa.Column(
+        "awaits_split",
+        sa.Text,
+        comment="it waits, undue, until successes of its batch pay for this cut of it",
+    ),
     sa.Column("outcome", sa.Text, comment="of its last ended attempt"),
     sa.Column("reason", sa.Text, comment="why it is where it is"),
     _time("finished_at"),
@@ -219,12 +225,22 @@ chunk = sa.Table(
     _finished(FINAL_CHUNK),
     sa.CheckConstraint("items_ok BETWEEN 0 AND size", name="items_ok"),
     sa.CheckConstraint("(parent IS NULL) = (depth = 0)", name="parent"),
+    sa.CheckConstraint(
+        f"awaits_split IS NULL OR (awaits_split IN ({_words(Cut)}) AND state = 'pending')",
+        name="awaits_split",
+    ),
     sa.Index(
         "chunk_due",
         "batch_id",
         "due_at",
         "index",
         postgresql_where=sa.text("state = 'pending'"),
+    ),
+    sa.Index(
+        "chunk_waits_for_split",
+        "batch_id",
+        "index",
+        postgresql_where=sa.text("awaits_split IS NOT NULL"),
     ),
     sa.Index(
         "chunk_open",

@@ -21,6 +21,7 @@ __all__ = [
     "BatchState",
     "CancelKind",
     "ChunkState",
+    "Cut",
     "Edge",
     "ExecutionState",
     "Outcome",
@@ -52,7 +53,8 @@ class ChunkState(StrEnum):
     """Where a chunk stands. One attempt at most is open, exactly in `launching` and `running`."""
 
     PENDING = "pending"
-    """Waiting for `due_at` and for room within the limits. `launch` moves it on."""
+    """Waiting for `due_at` and for room within the limits. `launch` moves it on. One that waits to
+    be split is not tried again as it is: a later settle of its batch splits it, or ends it."""
 
     LAUNCHING = "launching"
     """Its attempt and the execution's intent are committed; the provider's answer is not recorded.
@@ -74,6 +76,16 @@ class ChunkState(StrEnum):
     SPLIT = "split"
     """It used up its attempts and its items went on in smaller chunks, which name it as their
     parent. Final; it counts no more, as each of its items is in one of them."""
+
+
+class Cut(StrEnum):
+    """How a chunk is split whose failure does not say which of its items are bad."""
+
+    HALVES = "halves"
+    """In two of nearly equal size."""
+
+    FIRST = "first"
+    """Its first open item alone, and the rest."""
 
 
 class ExecutionState(StrEnum):
@@ -158,6 +170,15 @@ class CancelKind(StrEnum):
     STRAY = "stray"
     """It runs and no open attempt belongs to it."""
 
+    @property
+    def ends_chunks_as(self) -> ChunkState:
+        """What becomes of a batch's chunks that it ends.
+
+        Nothing is wrong with those of a batch that somebody cancelled, or that others have spoilt.
+        """
+        unspoilt = self in (CancelKind.OPERATOR, CancelKind.SUCCESS_POLICY)
+        return ChunkState.CANCELLED if unspoilt else ChunkState.FAILED
+
 
 FINAL_BATCH: Final = frozenset({BatchState.SUCCEEDED, BatchState.FAILED, BatchState.CANCELLED})
 FINAL_CHUNK: Final = frozenset(
@@ -202,7 +223,8 @@ CHUNK_EDGES: Final = (
     Edge(None, ChunkState.SUCCEEDED, "split: items that had succeeded"),
     Edge(ChunkState.PENDING, ChunkState.LAUNCHING, "launch"),
     Edge(ChunkState.PENDING, ChunkState.CANCELLED, "cancel"),
-    Edge(ChunkState.PENDING, ChunkState.FAILED, "batch deadline"),
+    Edge(ChunkState.PENDING, ChunkState.FAILED, "batch deadline; settle: not worth a split"),
+    Edge(ChunkState.PENDING, ChunkState.SPLIT, "settle: others succeed, so its split is worth it"),
     Edge(ChunkState.LAUNCHING, ChunkState.RUNNING, "record the handle"),
     Edge(ChunkState.LAUNCHING, ChunkState.PENDING, "settle: retry"),
     Edge(ChunkState.LAUNCHING, ChunkState.FAILED, "settle: rejected"),

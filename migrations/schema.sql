@@ -115,6 +115,8 @@ CREATE TABLE dispatcher.chunk (
     items_ok integer DEFAULT 0 NOT NULL,
     parent integer,
     depth integer DEFAULT 0 NOT NULL,
+    awaits_split text,
+    CONSTRAINT chunk_awaits_split CHECK (((awaits_split IS NULL) OR ((awaits_split = ANY (ARRAY['first'::text, 'halves'::text])) AND (state = 'pending'::text)))),
     CONSTRAINT chunk_finished CHECK (((finished_at IS NOT NULL) = (state = ANY (ARRAY['cancelled'::text, 'failed'::text, 'split'::text, 'succeeded'::text])))),
     CONSTRAINT chunk_items_ok CHECK (((items_ok >= 0) AND (items_ok <= size))),
     CONSTRAINT chunk_outcome CHECK ((outcome = ANY (ARRAY['cancelled'::text, 'failed'::text, 'lost'::text, 'no_capacity'::text, 'out_of_memory'::text, 'preempted'::text, 'rejected'::text, 'start_failed'::text, 'succeeded'::text, 'suspect'::text, 'timed_out'::text]))),
@@ -130,6 +132,7 @@ COMMENT ON COLUMN dispatcher.chunk.reason IS 'why it is where it is';
 COMMENT ON COLUMN dispatcher.chunk.items_ok IS 'items that succeeded, as receipts say; all of them where it succeeded without';
 COMMENT ON COLUMN dispatcher.chunk.parent IS 'the chunk that it was split from';
 COMMENT ON COLUMN dispatcher.chunk.depth IS 'of splits';
+COMMENT ON COLUMN dispatcher.chunk.awaits_split IS 'it waits, undue, until successes of its batch pay for this cut of it';
 CREATE TABLE dispatcher.chunk_items (
     batch_id text NOT NULL,
     chunk_index integer NOT NULL,
@@ -332,6 +335,7 @@ CREATE INDEX batch_recent ON dispatcher.batch USING btree (created_at DESC, id);
 CREATE INDEX batch_unplanned ON dispatcher.batch USING btree (created_at) WHERE (state = 'planning'::text);
 CREATE INDEX chunk_due ON dispatcher.chunk USING btree (batch_id, due_at, index) WHERE (state = 'pending'::text);
 CREATE INDEX chunk_open ON dispatcher.chunk USING btree (batch_id) WHERE (state = ANY (ARRAY['launching'::text, 'pending'::text, 'running'::text]));
+CREATE INDEX chunk_waits_for_split ON dispatcher.chunk USING btree (batch_id, index) WHERE (awaits_split IS NOT NULL);
 CREATE INDEX event_at ON dispatcher.event USING brin (at);
 CREATE INDEX event_batch ON dispatcher.event USING btree (batch_id, id);
 CREATE INDEX execution_batch ON dispatcher.execution USING btree (batch_id, id);

@@ -10,28 +10,46 @@ from typing import Final
 from dispatcher.job import RetryPolicy
 from dispatcher.requests import Plan
 from dispatcher.retrying import decide
-from dispatcher.states import CancelKind, ChunkState, Outcome
+from dispatcher.states import CancelKind, ChunkState, Cut, Outcome
 from dispatcher.store.rows import Closing, MovedChunk
 
 __all__ = ["Splits", "move"]
 
 FREE_SPLITS: Final = 20
-"""Chunks of a batch that are split whatever comes of it; further ones need successes."""
+"""Chunks of a batch that are split before any has succeeded."""
+
+SPLITS_PER_SUCCESS: Final = 4
+"""Chunks of a batch that are split for each that succeeds. Where few items are bad each split gives
+one part that succeeds, so any number above one lets the search go on to its end."""
+
+SCARCE: Final = FREE_SPLITS // 2
+"""With fewer splits to spend, the first item goes alone: a single item that succeeds shows soonest
+that the image is not broken, however many items are bad."""
 
 
 @dataclass(slots=True)
 class Splits:
-    """Whether more chunks of a batch may be split: while nothing succeeds, parts tell nothing.
+    """How many more chunks of a batch may be split now: what succeeds pays for it.
 
-    A broken image would else be tried once for each item, and twice for each part.
+    Of a broken image every part would fail, down to each item alone. What may not be split yet
+    waits: for successes, or until nothing else of its batch is open, when it fails as it is.
     """
 
     split: int
     succeeded: int
 
-    def allowed(self) -> bool:
-        """Say if one more may be split."""
-        return self.split < FREE_SPLITS or self.succeeded >= self.split
+    @property
+    def room(self) -> int:
+        """How many more."""
+        return max(0, FREE_SPLITS + SPLITS_PER_SUCCESS * self.succeeded - self.split)
+
+    def take(self, cut: Cut) -> Cut | None:
+        """Take one, if there is one: how to cut, which is `cut` where splits are not scarce."""
+        if not self.room:
+            return None
+        scarce = self.room < SCARCE
+        self.split += 1
+        return Cut.FIRST if scarce else cut
 
 
 def move(
@@ -71,9 +89,8 @@ def move(
             f"each of its items has succeeded; the last attempt: {closing.reason}",
         )
     if cancel is not None or plan is None:
-        operator = cancel == CancelKind.OPERATOR
-        return to(ChunkState.CANCELLED if operator else ChunkState.FAILED, closing.reason)
-    policy = _policy(plan.job.retry, part=attempt.depth > 0 and left > 1)
+        return to(_cancelled(cancel, outcome), closing.reason)
+    policy = _policy(plan.job.retry, outcome, part=attempt.depth > 0 and left > 1)
     counted = Counter(tally)
     counted[outcome] += 1
     decision = decide(policy, outcome, closing.exit_code, counted, roll)
@@ -84,25 +101,43 @@ def move(
             delay=decision.delay.total_seconds(),
             hold=plan.job.retry.pack_wait.total_seconds() if waits else None,
         )
-    if policy.on_failure == "split" and left > 1 and _hides_the_fault(closing) and splits.allowed():
-        splits.split += 1
-        # Who reports item by item does them in their order: the first that was not reported is the
-        # one that was at work. If that was wrong, halves come next.
-        alone = closing.receipt is not None and attempt.depth % 2 == 0
-        return to(ChunkState.SPLIT, reason)._replace(first_alone=alone)
-    return to(ChunkState.FAILED, reason)
+    if policy.on_failure != "split" or left == 1 or not _hides_the_fault(closing):
+        return to(ChunkState.FAILED, reason)
+    # Who reports item by item does them in their order: the first that was not reported is the
+    # one that was at work. If that was wrong, halves come next.
+    alone = closing.receipt is not None and attempt.depth % 2 == 0
+    wanted = Cut.FIRST if alone else Cut.HALVES
+    cut = splits.take(wanted)
+    state = ChunkState.PENDING if cut is None else ChunkState.SPLIT
+    return to(state, reason)._replace(cut=cut or wanted)
 
 
-def _policy(policy: RetryPolicy, *, part: bool) -> RetryPolicy:
+def _cancelled(cancel: str | None, outcome: Outcome) -> ChunkState:
+    """Say how a chunk ends that is not tried again, whatever its policy says."""
+    if cancel is None:
+        return ChunkState.FAILED  # its job can no longer be read
+    kind = CancelKind(cancel)
+    if kind is CancelKind.SUCCESS_POLICY and outcome is not Outcome.CANCELLED:
+        return ChunkState.FAILED  # one of those that spoilt the batch
+    return kind.ends_chunks_as
+
+
+def _policy(policy: RetryPolicy, outcome: Outcome, *, part: bool) -> RetryPolicy:
     """Give a part of a split chunk one try: its parent had them all, and it only seeks the fault.
 
-    An item that stands alone has them all again.
+    An item that stands alone has them all again. What the infrastructure did to a part says nothing
+    of its items; that a receipt is missing does, though it counts as its fault elsewhere.
     """
-    return policy.model_copy(update={"attempts": 1}) if part else policy
+    if not part:
+        return policy
+    changes = {"attempts": 1}
+    if outcome is Outcome.SUSPECT:
+        changes["infrastructure_attempts"] = 1
+    return policy.model_copy(update=changes)
 
 
 def _hides_the_fault(closing: Closing) -> bool:
     """Say if smaller chunks would tell more: the items that failed are not known by name."""
-    if closing.outcome in (Outcome.CANCELLED, Outcome.REJECTED):
-        return False
+    if closing.outcome in (Outcome.CANCELLED, Outcome.REJECTED, Outcome.START_FAILED):
+        return False  # no item of it was looked at
     return closing.receipt != "complete"

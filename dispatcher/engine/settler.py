@@ -26,7 +26,7 @@ from dispatcher.items import join_items, split_items
 from dispatcher.judging import beyond, judge, verdict
 from dispatcher.receipts import STORAGE_PATIENCE, halves, open_positions, weigh
 from dispatcher.requests import Plan
-from dispatcher.states import CancelKind, ChunkState, Outcome
+from dispatcher.states import CancelKind, ChunkState, Cut, Outcome
 from dispatcher.store import Store, again
 from dispatcher.store.rows import (
     Closing,
@@ -34,6 +34,7 @@ from dispatcher.store.rows import (
     MovedChunk,
     OpenAttempt,
     Part,
+    ToSplit,
 )
 
 __all__ = ["Settler", "end_finished_batches"]
@@ -45,6 +46,11 @@ SETTLE_TASKS: Final = 2_000
 
 SETTLE_RECEIPTS: Final = 500
 """The same where receipts are read: each may tell of many items."""
+
+SPLIT_AT_ONCE: Final = 100
+"""Chunks that waited for it and are split in one transaction; the next settle splits more."""
+
+ALL: Final = 2**31 - 1
 
 LOGGED_FAILURES: Final = 5
 """Log tails kept from one settle: enough to see why, within a provider's quota of log reads."""
@@ -165,6 +171,7 @@ class Settler:
                 store.close_attempts(tx, moved)
                 store.write_results(tx, moved)
                 self._split(tx, moved)
+                self._split_waiting(tx, {c.attempt.batch_id for c in closings})
             if closed:
                 store.finish_tasks(tx, closed, ended, _starts(closings), waiting)
             self._release(tx, moved, ended, plans)
@@ -211,24 +218,46 @@ class Settler:
         plan = plans.get(batch_id)
         if plan is None or plan.job.retry.on_failure != "split":
             return Splits(0, 0)
-        return Splits(*self._store.splits(tx, batch_id))
+        split, succeeded, _ = self._store.splits(tx, batch_id)
+        return Splits(split, succeeded)
 
     def _split(self, tx: sa.Connection, moved: Sequence[MovedChunk]) -> None:
         """Write the chunks in which the items of split ones go on."""
         for one in moved:
-            if one.state is not ChunkState.SPLIT:
-                continue
-            attempt = one.closing.attempt
-            texts = split_items(self._store.chunk_text(tx, attempt.batch_id, attempt.chunk_index))
-            done = self._store.items_done(tx, attempt.batch_id, [attempt.chunk_index])
-            succeeded = done.get(attempt.chunk_index, [])
-            cut = halves(open_positions(attempt.size, succeeded), first_alone=one.first_alone)
-            parts = [
-                Part(positions, join_items(texts[p] for p in positions), positions is succeeded)
-                for positions in (*cut, *([succeeded] if succeeded else []))
-            ]
-            reason = f"split from chunk {attempt.chunk_index}"
-            self._store.split(tx, attempt, parts, reason)
+            if one.state is ChunkState.SPLIT and one.cut is not None:
+                of = one.closing.attempt
+                self._write_parts(
+                    tx, ToSplit(of.batch_id, of.chunk_index, of.size, of.depth, one.cut)
+                )
+
+    def _split_waiting(self, tx: sa.Connection, batch_ids: Iterable[str]) -> None:
+        """Split chunks that waited for successes of their batches, or fail them in the end."""
+        for batch_id in self._store.awaiting_split(tx, batch_ids):
+            split, succeeded, others = self._store.splits(tx, batch_id)
+            splits = Splits(split, succeeded)
+            state, most = ChunkState.SPLIT, min(splits.room, SPLIT_AT_ONCE)
+            why = "enough of this batch has succeeded"
+            if not most:
+                if others:
+                    continue
+                state, most = ChunkState.FAILED, ALL
+                why = f"not split further, as {split} chunks were and {succeeded} succeeded"
+            for one in self._store.end_wait(tx, batch_id, state, why, most=most):
+                cut = splits.take(one.cut)
+                if cut is not None:
+                    self._write_parts(tx, one._replace(cut=cut))
+
+    def _write_parts(self, tx: sa.Connection, one: ToSplit) -> None:
+        """Write the chunks in which the items of one go on."""
+        texts = split_items(self._store.chunk_text(tx, one.batch_id, one.chunk_index))
+        done = self._store.items_done(tx, one.batch_id, [one.chunk_index])
+        succeeded = done.get(one.chunk_index, [])
+        cut = halves(open_positions(one.size, succeeded), first_alone=one.cut is Cut.FIRST)
+        parts = [
+            Part(positions, join_items(texts[p] for p in positions), positions is succeeded)
+            for positions in (*cut, *([succeeded] if succeeded else []))
+        ]
+        self._store.split(tx, one, parts, f"split from chunk {one.chunk_index}")
 
     def _stop_early(
         self, tx: sa.Connection, moved: Sequence[MovedChunk], plans: Mapping[str, Plan]

@@ -14,12 +14,18 @@ import structlog
 from dispatcher import schema
 from dispatcher.errors import DispatcherError, NotAllowed, SchemaMismatch, Unreachable
 
-__all__ = ["EXECUTION_COLUMNS", "LIVE", "OPEN", "BaseStore", "Conflict", "again"]
+__all__ = ["DUE", "EXECUTION_COLUMNS", "LIVE", "OPEN", "BaseStore", "Conflict", "again"]
 
 log = structlog.get_logger(__name__)
 
 LIVE: Final = "('intended', 'unknown', 'launched')"
 OPEN: Final = "('pending', 'launching', 'running')"
+DUE: Final = (
+    "c.state = 'pending' AND c.due_at <= now()"
+    " AND (c.hold_until IS NULL OR c.hold_until <= now()) AND c.awaits_split IS NULL"
+)
+"""Chunks, as `c`, that could be launched now."""
+
 NO_TABLES: Final = frozenset({"3F000", "42P01", "42703"})
 """No such schema, table or column."""
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 
-from dispatcher.states import BatchState, CancelKind, ChunkState
+from dispatcher.states import BatchState, CancelKind
 from dispatcher.store.base import LIVE, OPEN
 from dispatcher.store.planning import PlanStore
 
@@ -82,7 +82,8 @@ class InterveneStore(PlanStore):
                 WHERE batch_id = :id AND state = 'pending' ORDER BY index FOR UPDATE
             ), c AS (
                 UPDATE dispatcher.chunk c
-                SET state = :state, reason = :reason, finished_at = now(), hold_until = NULL
+                SET state = :state, reason = :reason, finished_at = now(), hold_until = NULL,
+                    awaits_split = NULL
                 FROM l WHERE c.batch_id = l.batch_id AND c.index = l.index
                 RETURNING c.batch_id, c.index
             )
@@ -91,7 +92,7 @@ class InterveneStore(PlanStore):
             SELECT now(), :actor, 'chunk', batch_id, index, 'pending', :state, :reason FROM c
             """,
             id=batch_id,
-            state=ChunkState.CANCELLED if kind is CancelKind.OPERATOR else ChunkState.FAILED,
+            state=kind.ends_chunks_as,
             reason=reason,
             actor=who,
         )

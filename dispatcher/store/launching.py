@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from dispatcher import schema
 from dispatcher.backends.base import Launched
 from dispatcher.receipts import open_positions
-from dispatcher.store.base import LIVE, BaseStore
+from dispatcher.store.base import DUE, LIVE, BaseStore
 from dispatcher.store.rows import (
     Claimed,
     Intent,
@@ -70,13 +70,12 @@ class LaunchStore(BaseStore):
                 WHERE b.target = :target AND b.state = 'running' AND b.cancel_requested_at IS NULL
                     AND b.code_version <= :code_version AND EXISTS (
                         SELECT 1 FROM dispatcher.chunk c
-                        WHERE c.batch_id = b.id AND c.state = 'pending' AND c.due_at <= now()
-                            AND (c.hold_until IS NULL OR c.hold_until <= now())
+                        WHERE c.batch_id = b.id AND {DUE}
                     )
             ) b
             WHERE b.place <= 200
             ORDER BY b.priority DESC, b.created_at, b.id LIMIT 1000
-            """,  # noqa: S608 - a constant of this module
+            """,  # noqa: S608 - constants of this package
             target=target,
             code_version=schema.CODE_VERSION,
         )
@@ -86,18 +85,17 @@ class LaunchStore(BaseStore):
         """Count the due chunks of batches, each up to a number that is enough to know."""
         rows = self.run(
             tx,
-            """
+            f"""
             SELECT n.batch_id, d.due
             FROM unnest(CAST(:ids AS text[]), CAST(:caps AS bigint[])) AS n (batch_id, cap)
             CROSS JOIN LATERAL (
                 SELECT count(*)::int AS due FROM (
                     SELECT 1 FROM dispatcher.chunk c
-                    WHERE c.batch_id = n.batch_id AND c.state = 'pending' AND c.due_at <= now()
-                        AND (c.hold_until IS NULL OR c.hold_until <= now())
+                    WHERE c.batch_id = n.batch_id AND {DUE}
                     LIMIT n.cap
                 ) AS found
             ) d
-            """,
+            """,  # noqa: S608 - a constant of this package
             ids=list(caps),
             caps=list(caps.values()),
         )
@@ -136,17 +134,16 @@ class LaunchStore(BaseStore):
         with self.transaction() as tx:
             found: bool = self.run(
                 tx,
-                """
+                f"""
                 SELECT EXISTS (
                     SELECT 1 FROM dispatcher.batch b
                     WHERE b.target = :target AND b.state = 'running'
                         AND b.cancel_requested_at IS NULL AND EXISTS (
                             SELECT 1 FROM dispatcher.chunk c
-                            WHERE c.batch_id = b.id AND c.state = 'pending' AND c.due_at <= now()
-                                AND (c.hold_until IS NULL OR c.hold_until <= now())
+                            WHERE c.batch_id = b.id AND {DUE}
                         )
                 )
-                """,
+                """,  # noqa: S608 - a constant of this package
                 target=target,
             ).scalar_one()
             return found
@@ -179,18 +176,17 @@ class LaunchStore(BaseStore):
         """pending → launching for due chunks that nobody else is taking; opens a new number."""
         rows = self.run(
             tx,
-            """
+            f"""
             WITH picked AS MATERIALIZED (
-                SELECT batch_id, index FROM dispatcher.chunk
-                WHERE batch_id = :batch_id AND state = 'pending' AND due_at <= now()
-                    AND (hold_until IS NULL OR hold_until <= now())
-                ORDER BY due_at, index LIMIT :most FOR UPDATE SKIP LOCKED
+                SELECT c.batch_id, c.index FROM dispatcher.chunk c
+                WHERE c.batch_id = :batch_id AND {DUE}
+                ORDER BY c.due_at, c.index LIMIT :most FOR UPDATE SKIP LOCKED
             )
             UPDATE dispatcher.chunk c
             SET state = 'launching', attempts = c.attempts + 1, hold_until = NULL, reason = NULL
             FROM picked p WHERE c.batch_id = p.batch_id AND c.index = p.index
             RETURNING c.index, c.attempts, c.items_ok, c.size
-            """,
+            """,  # noqa: S608 - a constant of this package
             batch_id=batch_id,
             most=most,
         )

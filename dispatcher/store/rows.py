@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Literal, NamedTuple
 
 from dispatcher.receipts import ItemResult
-from dispatcher.states import ChunkState, Outcome
+from dispatcher.states import ChunkState, Cut, Outcome
 
 __all__ = [
     "Claimed",
@@ -20,6 +20,7 @@ __all__ = [
     "OpenTask",
     "Part",
     "TargetRow",
+    "ToSplit",
     "WaitingBatch",
 ]
 
@@ -153,6 +154,16 @@ class OpenTask(NamedTuple):
     """How many it was given."""
 
 
+class ToSplit(NamedTuple):
+    """A chunk that goes on in smaller ones."""
+
+    batch_id: str
+    chunk_index: int
+    size: int
+    depth: int
+    cut: Cut
+
+
 class Part(NamedTuple):
     """A chunk that another one is split into."""
 
@@ -197,5 +208,5 @@ class MovedChunk(NamedTuple):
     items_ok: int = 0
     """Items of it that have succeeded now."""
 
-    first_alone: bool = False
-    """Of a chunk that is split: whether its first open item goes alone."""
+    cut: Cut | None = None
+    """How it is split; in `pending`, how it will be once successes of its batch pay for it."""

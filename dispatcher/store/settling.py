@@ -8,7 +8,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from dispatcher.judging import Policy, Standing
-from dispatcher.states import BatchState
+from dispatcher.states import BatchState, ChunkState, Cut
 from dispatcher.store.base import EXECUTION_COLUMNS, LIVE, OPEN, BaseStore
 from dispatcher.store.rows import (
     ExecutionRow,
@@ -16,6 +16,7 @@ from dispatcher.store.rows import (
     OpenAttempt,
     OpenTask,
     Part,
+    ToSplit,
 )
 
 __all__ = ["SettleStore"]
@@ -167,10 +168,11 @@ class SettleStore(BaseStore):
                     CAST(:exit_codes AS int[]), CAST(:attempt_reasons AS text[]),
                     CAST(:started AS timestamptz[]), CAST(:ended AS timestamptz[]),
                     CAST(:results AS text[]), CAST(:states AS text[]), CAST(:reasons AS text[]),
-                    CAST(:delays AS float8[]), CAST(:holds AS float8[]), CAST(:items_ok AS int[])
+                    CAST(:delays AS float8[]), CAST(:holds AS float8[]), CAST(:items_ok AS int[]),
+                    CAST(:cuts AS text[])
                 ) AS n (
                     batch_id, chunk_index, number, execution_id, outcome, exit_code, attempt_reason,
-                    started_at, ended_at, result_uri, state, reason, delay, hold, items_ok
+                    started_at, ended_at, result_uri, state, reason, delay, hold, items_ok, cut
                 )
             ), a AS (
                 UPDATE dispatcher.attempt a
@@ -192,6 +194,7 @@ class SettleStore(BaseStore):
                         THEN now() + n.delay * interval '1 second' ELSE c.due_at END,
                     hold_until = CASE WHEN n.state = 'pending'
                         THEN now() + n.hold * interval '1 second' END,
+                    awaits_split = CASE WHEN n.state = 'pending' THEN n.cut END,
                     finished_at = CASE WHEN n.state = 'pending' THEN NULL ELSE now() END
                 FROM n JOIN old ON old.batch_id = n.batch_id AND old.index = n.chunk_index
                 WHERE c.batch_id = n.batch_id AND c.index = n.chunk_index
@@ -219,6 +222,7 @@ class SettleStore(BaseStore):
             delays=[m.delay for m in moved],
             holds=[m.hold for m in moved],
             items_ok=[m.items_ok for m in moved],
+            cuts=[m.cut for m in moved],
         )
 
     def write_results(self, tx: sa.Connection, moved: Sequence[MovedChunk]) -> None:
@@ -273,9 +277,7 @@ class SettleStore(BaseStore):
         ).scalar_one()
         return text
 
-    def split(
-        self, tx: sa.Connection, parent: OpenAttempt, parts: Sequence[Part], reason: str
-    ) -> None:
+    def split(self, tx: sa.Connection, parent: ToSplit, parts: Sequence[Part], reason: str) -> None:
         """Write the chunks that one goes on in; its batch is locked, so indexes are free."""
         batch_id = parent.batch_id
         first: int = self.run(
@@ -346,18 +348,68 @@ class SettleStore(BaseStore):
             news=list(news),
         )
 
-    def splits(self, tx: sa.Connection, batch_id: str) -> tuple[int, int]:
-        """Count the chunks of a batch that were split, and those that succeeded."""
+    def splits(self, tx: sa.Connection, batch_id: str) -> tuple[int, int, bool]:
+        """Count the chunks of a batch that were split, and those that succeeded.
+
+        And say whether any is open that does not wait to be split.
+        """
         row = self.run(
             tx,
-            """
+            f"""
             SELECT count(*) FILTER (WHERE state = 'split')::int,
-                count(*) FILTER (WHERE state = 'succeeded')::int
+                count(*) FILTER (WHERE state = 'succeeded')::int,
+                coalesce(bool_or(state IN {OPEN} AND awaits_split IS NULL), false)
             FROM dispatcher.chunk WHERE batch_id = :id
-            """,
+            """,  # noqa: S608 - a constant of this package
             id=batch_id,
         ).one()
-        return row[0], row[1]
+        return row[0], row[1], row[2]
+
+    def awaiting_split(self, tx: sa.Connection, batch_ids: Iterable[str]) -> list[str]:
+        """Find locked batches of which chunks wait to be split."""
+        rows = self.run(
+            tx,
+            """
+            SELECT n.id FROM unnest(CAST(:ids AS text[])) AS n (id) WHERE EXISTS (
+                SELECT 1 FROM dispatcher.chunk c
+                WHERE c.batch_id = n.id AND c.awaits_split IS NOT NULL
+            ) ORDER BY n.id
+            """,
+            ids=sorted(set(batch_ids)),
+        )
+        return [row[0] for row in rows]
+
+    def end_wait(
+        self, tx: sa.Connection, batch_id: str, state: ChunkState, why: str, *, most: int
+    ) -> list[ToSplit]:
+        """pending → split or failed, for the first chunks of a locked batch that await a split."""
+        rows = self.run(
+            tx,
+            """
+            WITH l AS MATERIALIZED (
+                SELECT index, awaits_split FROM dispatcher.chunk
+                WHERE batch_id = :id AND awaits_split IS NOT NULL
+                ORDER BY index LIMIT :most FOR UPDATE
+            ), c AS (
+                UPDATE dispatcher.chunk c
+                SET state = :state, reason = concat_ws(': ', CAST(:why AS text), c.reason),
+                    awaits_split = NULL, finished_at = now()
+                FROM l WHERE c.batch_id = :id AND c.index = l.index
+                RETURNING c.index, c.size, c.depth, l.awaits_split AS cut, c.reason
+            ), e AS (
+                INSERT INTO dispatcher.event
+                    (at, actor, kind, batch_id, chunk_index, old, new, reason)
+                SELECT now(), :actor, 'chunk', :id, index, 'pending', :state, reason FROM c
+            )
+            SELECT index, size, depth, cut FROM c ORDER BY index
+            """,
+            id=batch_id,
+            state=state,
+            why=why,
+            most=most,
+            actor=self.actor,
+        )
+        return [ToSplit(batch_id, row[0], row[1], row[2], Cut(row[3])) for row in rows]
 
     def standing_of(self, tx: sa.Connection, batch_ids: Iterable[str]) -> list[Standing]:
         """Count what locked batches have come to so far, those that nobody cancels."""

@@ -961,7 +961,7 @@ def test_a_downgrade_asks_somebody_or_does_nothing(desk: Desk) -> None:
     assert desk.ok("db", "check").code == 0
     assert desk.refused("db", "downgrade", "0099", "--yes") == (
         'error: "0099" is no revision of this code; known: base (no tables at all), '
-        "0001, 0002, 0003, 0004"
+        "0001, 0002, 0003, 0004, 0005"
     )
 
 

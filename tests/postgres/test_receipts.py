@@ -597,6 +597,83 @@ def test_while_nothing_succeeds_splitting_comes_to_an_end(make: Make) -> None:
     assert batch.state == "failed"
     assert len(containers.given) == 10 + 20 * 2
     assert len(failed_items(bench, batch)) == 640
+    whole = [chunk for chunk in bench.dispatcher.chunks(batch.id) if chunk.state == "failed"]
+    assert any(
+        (chunk.reason or "").startswith("not split further, as 20 chunks were and 0 succeeded: ")
+        for chunk in whole
+    )
+
+
+@pytest.mark.parametrize("progress", [False, True], ids=["plain", "reporting"])
+@pytest.mark.parametrize(
+    ("items", "size", "every"),
+    [
+        (2_000, 10, 300),
+        (2_000, 1_000, 300),
+        (2_000, 2_000, 300),
+        (500, 100, 14),
+        (500, 500, 14),
+        (256, 64, 4),
+    ],
+)
+def test_only_bad_items_fail_whatever_the_chunks_and_however_many_they_are(
+    make: Make, items: int, size: int, every: int, progress: bool
+) -> None:
+    bench, containers = make(
+        chunk={"size": size},
+        retry={"attempts": 1, "on_failure": "split"},
+        receipt="required" if progress else "ignored",
+        options={"max_tasks": 1_000, "parallelism": 1_000},
+    )
+    bad = set(range(every // 2, items, every))
+    containers.poison(bad, progress=progress)
+    batch = bench.finish(bench.enqueue(range(items)), step=10, turns=500)
+    assert failed_items(bench, batch) == sorted(bad)
+
+
+def test_chunks_that_wait_for_their_split_say_so_and_go_on_with_the_first_success(
+    make: Make,
+) -> None:
+    bench, containers = make(
+        chunk={"size": 2}, retry={"attempts": 1, "on_failure": "split"}, receipt="ignored"
+    )
+    slow = {80, 81}
+
+    def work(_request: LaunchRequest, _task: TaskInput, items: list[Any]) -> Ending:
+        return Ending(seconds=600) if slow & set(items) else Ending(Outcome.FAILED)
+
+    containers.work = work
+    batch = bench.enqueue(range(82))
+    bench.until(lambda: len(containers.given) == 41 + 2 * 20, "all but one chunk have failed")
+    for _ in range(5):
+        bench.turn(5)
+    waiting = bench.sql("SELECT index FROM dispatcher.chunk WHERE awaits_split IS NOT NULL")
+    assert len(waiting) == 20
+    said = explain(bench.store, batch.id).text
+    assert "20 chunks have used up their attempts and wait to be split: each success" in said
+    said = explain(bench.store, batch.id, waiting[0]).text
+    assert f"Chunk {waiting[0]} has used up its attempts and waits to be split: each" in said
+    assert len(containers.given) == 41 + 2 * 20, "none of them is tried again as it is"
+    bench.advance(600)
+    bench.finish(batch)
+    assert len(containers.given) == 41 + 2 * (20 + 4), "one success pays for four splits"
+    assert len(failed_items(bench, batch)) == 80
+
+
+def test_a_cancel_ends_what_waits_for_its_split(make: Make) -> None:
+    bench, containers = make(
+        chunk={"size": 2}, retry={"attempts": 1, "on_failure": "split"}, receipt="ignored"
+    )
+
+    def work(_request: LaunchRequest, _task: TaskInput, items: list[Any]) -> Ending:
+        return Ending(seconds=600) if 80 in items else Ending(Outcome.FAILED)
+
+    containers.work = work
+    batch = bench.enqueue(range(82))
+    bench.until(lambda: len(containers.given) == 41 + 2 * 20, "all but one chunk have failed")
+    batch.cancel()
+    assert bench.finish(batch).state == "cancelled"
+    assert bench.sql("SELECT count(*) FROM dispatcher.chunk WHERE awaits_split IS NOT NULL") == [0]
 
 
 def test_items_that_are_known_to_be_bad_need_no_split(make: Make) -> None:
@@ -634,7 +711,8 @@ def test_a_batch_that_can_no_longer_succeed_stops(make: Make) -> None:
     assert batch.state == "failed"
     assert (batch.reason or "").startswith("13 of 100 items failed, and 90 must succeed")
     assert len(containers.given) == 5, "the other five chunks were not started"
-    assert {str(state): n for state, n in batch.counts.items()} == {"failed": 10}
+    assert {str(state): n for state, n in batch.counts.items()} == {"failed": 5, "cancelled": 5}
+    assert failed_items(bench, batch) == list(range(0, 50, 4)), "no item that never ran"
 
 
 def test_what_was_all_done_when_a_cancel_came_has_succeeded(make: Make) -> None:

@@ -105,6 +105,11 @@ NONSENSE: dict[str, tuple[str, type[psycopg.Error], str]] = {
         errors.CheckViolation,
         "chunk_items_ok",
     ),
+    "a wait for a split of what is not pending": (
+        "UPDATE chunk SET awaits_split = 'halves', state = 'succeeded', finished_at = now()",
+        errors.CheckViolation,
+        "chunk_awaits_split",
+    ),
     "a part of no chunk": (
         "UPDATE chunk SET depth = 1",
         errors.CheckViolation,
@@ -532,7 +537,7 @@ def test_a_database_at_an_older_revision_is_behind(
     with pytest.raises(SchemaMismatch) as told:
         check(engine)
     assert str(told.value) == (
-        "the database is at revision 0004 and this code needs 0099: run `dispatcher db upgrade`"
+        "the database is at revision 0005 and this code needs 0099: run `dispatcher db upgrade`"
     )
 
 

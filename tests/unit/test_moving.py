@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.engine.moving import FREE_SPLITS, Splits, move
+from dispatcher.engine.moving import FREE_SPLITS, SCARCE, SPLITS_PER_SUCCESS, Splits, move
 from dispatcher.job import RetryPolicy
 from dispatcher.receipts import ItemResult
 from dispatcher.requests import Plan
-from dispatcher.states import CancelKind, ChunkState, Outcome
+from dispatcher.states import CancelKind, ChunkState, Cut, Outcome
 from dispatcher.store.rows import Closing, MovedChunk, OpenAttempt
 
 BAD = sorted(set(Outcome) - {Outcome.SUCCEEDED})
@@ -90,18 +90,50 @@ def test_parts_have_one_try_each_and_an_item_alone_has_them_all() -> None:
     assert moved(closing(Outcome.FAILED, attempt(1, depth=2)), retry=retry).state == "pending"
 
 
-def test_while_nothing_succeeds_only_some_chunks_of_a_batch_are_split() -> None:
+def test_while_nothing_succeeds_some_chunks_of_a_batch_are_split_and_the_others_wait() -> None:
     splits = Splits(0, 0)
-    states = [
+    chunks = [
         moved(
             closing(Outcome.FAILED),
             retry={"on_failure": "split", "attempts": 1},
             splits=splits,
-        ).state
+        )
         for _ in range(FREE_SPLITS + 5)
     ]
-    assert states == ["split"] * FREE_SPLITS + ["failed"] * 5
-    assert Splits(FREE_SPLITS, FREE_SPLITS).allowed(), "successes pay for further ones"
+    assert [chunk.state for chunk in chunks] == ["split"] * FREE_SPLITS + ["pending"] * 5
+    few = FREE_SPLITS - SCARCE + 1
+    assert [chunk.cut for chunk in chunks] == [
+        *[Cut.HALVES] * few,
+        *[Cut.FIRST] * (FREE_SPLITS - few),
+        *[Cut.HALVES] * 5,
+    ], "when few are left, single items tell soonest whether anything can succeed"
+    assert Splits(FREE_SPLITS, 1).room == SPLITS_PER_SUCCESS, "successes pay for further ones"
+
+
+def test_a_part_without_its_receipt_has_one_try_too() -> None:
+    retry = {"on_failure": "split", "infrastructure_attempts": 5}
+    suspect = closing(Outcome.SUSPECT, attempt(2, depth=1))
+    assert moved(suspect, retry=retry).state is ChunkState.SPLIT
+    lost = closing(Outcome.LOST, attempt(2, depth=1))
+    assert moved(lost, retry=retry).state is ChunkState.PENDING, "that says nothing of its items"
+
+
+def test_what_never_started_is_not_split() -> None:
+    retry = {"on_failure": "split", "infrastructure_attempts": 1}
+    assert moved(closing(Outcome.START_FAILED), retry=retry).state is ChunkState.FAILED
+
+
+def test_an_exit_code_that_is_not_to_be_tried_again_is_split_at_once() -> None:
+    one = closing(Outcome.FAILED)._replace(exit_code=65)
+    retry = {"on_failure": "split", "attempts": 3, "exit_codes": {65: "fail"}}
+    assert moved(one, retry=retry).state is ChunkState.SPLIT
+    alone = closing(Outcome.FAILED, attempt(1, depth=2))._replace(exit_code=65)
+    assert moved(alone, retry=retry).state is ChunkState.FAILED
+
+
+def test_what_a_spoilt_batch_stops_is_cancelled_and_what_spoilt_it_has_failed() -> None:
+    for outcome, state in ((Outcome.CANCELLED, "cancelled"), (Outcome.FAILED, "failed")):
+        assert moved(closing(outcome), cancel=CancelKind.SUCCESS_POLICY).state == state
 
 
 @given(

@@ -180,11 +180,17 @@ class TestWeighing:
         assume(receipt is None or problem is None)
         weighed, reason = weigh(outcome, "said", receipt, problem, required=required)
         whole = receipt is not None and receipt.complete and not receipt.failed
+        gone = outcome in (Outcome.LOST, Outcome.PREEMPTED)
         if weighed is Outcome.SUCCEEDED:
             assert problem is None
             assert receipt is None or not receipt.failed
             assert whole or not required
-            assert outcome is Outcome.SUCCEEDED or (outcome is Outcome.LOST and whole)
+            assert outcome is Outcome.SUCCEEDED or (gone and whole)
+        elif weighed is not outcome and gone:
+            assert weighed is Outcome.FAILED, "its work ended, whatever became of its container"
+            assert receipt is not None
+            assert receipt.complete
+            assert receipt.failed
         elif weighed is not outcome:
             assert outcome is Outcome.SUCCEEDED, "a bad end stays what it was"
             assert weighed in (Outcome.FAILED, Outcome.SUSPECT)
