@@ -700,6 +700,7 @@ class _CutOff(StorageError):
 
 
 class _Call(NamedTuple):
+    method: str
     url: str
     headers: dict[str, str]
 
@@ -835,7 +836,7 @@ def _send(
     for pause in (*PAUSES, None):
         again = True
         try:
-            return _urlopen(_call(method, uri, data, only_new=only_new), method, data)
+            return _urlopen(_call(method, uri, data, only_new=only_new), data)
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode(errors="replace")
             error.close()
@@ -857,25 +858,25 @@ def _send(
     raise StorageError(f"cannot {'read' if method == 'GET' else 'write'} {_shown(uri)}: {problem}")
 
 
-def _urlopen(call: _Call, method: str, data: bytes | None) -> http.client.HTTPResponse:
-    request = urllib.request.Request(call.url, data=data, headers=call.headers, method=method)
+def _urlopen(call: _Call, data: bytes | None) -> http.client.HTTPResponse:
+    request = urllib.request.Request(call.url, data=data, headers=call.headers, method=call.method)
     response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=CALL_SECONDS)
     return response
 
 
 def _call(method: str, uri: str, data: bytes | None, *, only_new: bool) -> _Call:
+    scheme = uri.partition("://")[0]
+    if scheme == "gs":
+        return _google_call(method, uri, only_new=only_new)
     headers = {}
     if data is not None:
         headers["Content-Type"] = "application/json"
-    scheme = uri.partition("://")[0]
-    if scheme == "gs":
-        return _google_call(method, uri, headers, only_new=only_new)
     if only_new:
         headers["If-None-Match"] = "*"
     if scheme == "s3":
         return _s3_call(method, uri, headers, data or b"")
     if scheme in ("https", "http"):
-        return _Call(uri, headers)
+        return _Call(method, uri, headers)
     raise InputError(f"{_shown(uri)} is none of file://, s3://, gs:// and https://")
 
 
@@ -912,8 +913,10 @@ def _forget_credentials(status: int) -> None:
         _kept.clear()
 
 
-def _google_call(method: str, uri: str, headers: dict[str, str], *, only_new: bool) -> _Call:
+def _google_call(method: str, uri: str, *, only_new: bool) -> _Call:
+    """Make the call of the JSON API; what is a PUT elsewhere is a POST there."""
     bucket, key = _bucket_and_key(uri)
+    headers = {}
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     base = "https://storage.googleapis.com"
     if emulator:
@@ -921,11 +924,14 @@ def _google_call(method: str, uri: str, headers: dict[str, str], *, only_new: bo
     else:
         headers["Authorization"] = f"Bearer {_google_token()}"
     if method == "GET":
-        return _Call(f"{base}/storage/v1/b/{bucket}/o/{quote(key, safe='')}?alt=media", headers)
+        url = f"{base}/storage/v1/b/{bucket}/o/{quote(key, safe='')}?alt=media"
+        return _Call("GET", url, headers)
+    # Emulators take JSON for what is said of an object, and not for its content.
+    headers["Content-Type"] = "application/octet-stream"
     query = {"uploadType": "media", "name": key}
     if only_new:
         query["ifGenerationMatch"] = "0"
-    return _Call(f"{base}/upload/storage/v1/b/{bucket}/o?{urlencode(query)}", headers)
+    return _Call("POST", f"{base}/upload/storage/v1/b/{bucket}/o?{urlencode(query)}", headers)
 
 
 def _google_token() -> str:
@@ -978,7 +984,8 @@ def _s3_call(method: str, uri: str, headers: dict[str, str], data: bytes) -> _Ca
         url = f"https://s3.{region}.{suffix}/{bucket}/{path}"
     else:
         url = f"https://{bucket}.s3.{region}.{suffix}/{path}"
-    return _Call(url, _sign(method, url, headers, data, _aws_credentials(), region, _utc_now()))
+    signed = _sign(method, url, headers, data, _aws_credentials(), region, _utc_now())
+    return _Call(method, url, signed)
 
 
 def _sign(

@@ -586,6 +586,7 @@ class TestTransport:
         for _ in range(2):
             call = container._call("PUT", "gs://bucket/a b", b"", only_new=True)
             assert call.headers["Authorization"] == "Bearer t1"
+        assert call.method == "POST"
         assert call.url == (
             "https://storage.googleapis.com/upload/storage/v1/b/bucket/o"
             "?uploadType=media&name=a+b&ifGenerationMatch=0"
