@@ -187,6 +187,50 @@ class TestAProgram:
         assert ended(process) == (143, "cleaned up\n", "")
         assert [entry["i"] for entry in box.kept() or []] == [0, 1]
 
+    @pytest.mark.parametrize(
+        "program",
+        [
+            "with container.run() as task:\n    for i in task.items: task.report(i, True)",
+            "for i in container.items(): container.report(i, True)",
+        ],
+        ids=["with a block", "without a block"],
+    )
+    def test_that_is_told_to_stop_while_it_writes_its_receipt_leaves_what_it_did(
+        self, program: str, box: Container
+    ) -> None:
+        with serve_gcs() as gcs:
+            gcs.unavailable = "results/k1/1.json"
+            box.env["STORAGE_EMULATOR_HOST"] = gcs.url
+            box.env["DISPATCH_RESULT_URI"] = "gs://bucket/results/k1/"
+            process = box.python(f"import container\ncontainer.PAUSES = (60,)\n{program}")
+            until(lambda: any("results%2Fk1%2F1.json" in path for _, path, _ in gcs.seen))
+            process.send_signal(signal.SIGTERM)
+            assert ended(process) == (143, "", "")
+            found = json.loads(gcs.objects["results/k1/1.progress.json"])
+            assert (found["complete"], len(found["items"])) == (False, 3)
+
+    @pytest.mark.parametrize("signed", [False, True])
+    def test_told_to_stop_while_it_writes_its_receipt_a_wrapper_writes_what_it_can(
+        self, signed: bool, box: Container
+    ) -> None:
+        with serve_gcs() as gcs:
+            gcs.unavailable = "results/k1/1.json"
+            box.env["STORAGE_EMULATOR_HOST"] = gcs.url
+            box.env["DISPATCH_RESULT_URI"] = (
+                f"{gcs.url}/bucket/results/k1/" if signed else "gs://bucket/results/k1/"
+            )
+            process = box.wrapper("--each", "true")
+            until(
+                lambda: any("k1%2F1.json" in path or "k1/1.json" in path for _, path, _ in gcs.seen)
+            )
+            process.send_signal(signal.SIGTERM)
+            if not signed:
+                until(lambda: b'"i":2' in gcs.objects.get("results/k1/1.progress.json", b""))
+            gcs.unavailable = ""
+            # It had done all that it was to do.
+            assert ended(process) == (0, "", "")
+            assert json.loads(gcs.objects["results/k1/1.json"])["complete"]
+
     def test_whose_claim_is_lost_does_nothing(self, box: Container) -> None:
         box.env["DISPATCH_CLAIM_URI"] = (box.path / "claims" / "k1").as_uri()
         (box.path / "claims").mkdir()
