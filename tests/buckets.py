@@ -33,6 +33,9 @@ class FakeGcs(ThreadingHTTPServer):
         """A key of which nothing may be read or written: 403."""
         self.unavailable = ""
         """A key of which nothing can be written: 503."""
+        self.conflicts = 0
+        """How many more writes meet another one at the same time: 409."""
+
         self.seen: list[tuple[str, str, dict[str, str]]] = []
         self.lock = threading.Lock()
 
@@ -94,7 +97,10 @@ class _Api(BaseHTTPRequestHandler):
             return
         match = self.headers["x-goog-if-generation-match"] or query.get("ifGenerationMatch")
         with self.server.lock:
-            if match == "0" and key in self.server.objects:
+            if self.server.conflicts:
+                self.server.conflicts -= 1
+                status = 409
+            elif match == "0" and key in self.server.objects:
                 status = 412
             else:
                 status = 200

@@ -33,6 +33,7 @@ DOCUMENT = (
 )
 
 node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js here")
+jq = pytest.mark.skipif(shutil.which("jq") is None, reason="there is no jq here")
 curl = pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
 
 
@@ -84,6 +85,14 @@ class Container:
             f'import {{ run }} from "./receipt.mjs";\nawait run({work});\n'
         )
         return self.start("node", "main.mjs")
+
+    def speaking(self, language: str) -> subprocess.Popen[str]:
+        """Start a program that does nothing and succeeds with every item."""
+        if language == "node":
+            return self.node("() => null")
+        if language == "shell":
+            return self.shell("dispatch_each true")
+        return self.wrapper("--each", "true")
 
     def receipt(self, name: str = "1.json") -> dict[str, Any] | None:
         try:
@@ -403,7 +412,17 @@ class TestTheWrapper:
         assert box.receipt() is None
 
 
+SHOW = 'sh -c \'printf "<%s>" "$ITEM"\''
 JAVASCRIPT = "async (item) => { if (item === 'c') throw new Error('bad'); return item; }"
+
+
+def without_jq(path: Path) -> str:
+    """Make a PATH with what receipt.sh needs, and no more."""
+    path.mkdir()
+    names = "cat cp date dirname ln mkdir mktemp mv paste printf rm sed sh tr uname"
+    for name in names.split():
+        (path / name).symlink_to(str(shutil.which(name)))
+    return str(path)
 
 
 class TestOtherLanguages:
@@ -479,28 +498,120 @@ class TestOtherLanguages:
         assert box.files() == ["1.json"]
 
     def test_a_shell_needs_no_jq_for_plain_items(self, box: Container) -> None:
-        programs = box.path / "programs"
-        programs.mkdir()
-        for name in (
-            "sh",
-            "sed",
-            "tr",
-            "mktemp",
-            "cat",
-            "cp",
-            "ln",
-            "mv",
-            "rm",
-            "mkdir",
-            "dirname",
-        ):
-            (programs / name).symlink_to(str(shutil.which(name)))
-        for name in ("date", "paste"):
-            (programs / name).symlink_to(str(shutil.which(name)))
-        box.env["PATH"] = str(programs)
-        assert ended(box.shell("dispatch_each sh -c 'echo \"$ITEM\"'")) == (0, "c\nd d\ne\n", "")
-        box.env["DISPATCH_ITEMS"] = '[1,\n"b"]'
-        assert ended(box.shell("dispatch_each sh -c 'echo \"$ITEM\"'"))[1] == "1\nb\n"
+        box.env["PATH"] = without_jq(box.path / "programs")
+        assert ended(box.shell(f"dispatch_each {SHOW}")) == (0, "<c><d d><e>", "")
+        found = box.receipt()
+        assert found is not None
+        assert (found["chunk"], found["attempt"]) == (40, 3)
+        box.env["DISPATCH_ITEMS"] = '[1,\n"b", "", " [c", -2.5e3]'
+        assert ended(box.shell(f"dispatch_each {SHOW}"))[1] == "<1><b><>< [c><-2.5e3>"
+        box.env["DISPATCH_ITEMS"] = " [ ] "
+        assert ended(box.shell(f"dispatch_each {SHOW}"))[:2] == (0, "")
+
+    @pytest.mark.parametrize(
+        "items",
+        [
+            '[{"a":1,"b":2}]',
+            "[1,[2,3]]",
+            '["a,b"]',
+            r'["a\"b"]',
+            r'["a\nb"]',
+            '["a]b"]',
+            "[true]",
+            '{"env":{"items":[1]}}',
+            '{"items":[1],"result_uri":"https://h/x"}',
+            "7",
+        ],
+    )
+    def test_a_shell_without_jq_refuses_what_it_would_take_for_something_else(
+        self, items: str, box: Container
+    ) -> None:
+        box.env["PATH"] = without_jq(box.path / "programs")
+        box.env["DISPATCH_ITEMS"] = items
+        code, out, err = ended(box.shell(f"dispatch_each {SHOW}"))
+        assert (code, out) == (65, "")
+        assert err == "receipt.sh: the items cannot be read, or not without jq\n"
+        assert box.files() == []
+
+    @jq
+    def test_a_shell_with_jq_takes_any_items(self, box: Container) -> None:
+        items = ["a\nb\n", "c", {"a": "\0", "b": [2]}, "\\u0000", "\0", 'é"\\', "", None, 2**53 - 1]
+        document = json.dumps(items, indent=1)
+        assert document.count("\n") > 9
+        (box.path / "input.jsonl").write_text(document)
+        code, out, _ = ended(box.shell(f"dispatch_each {SHOW}"))
+        told = r'<{"a":"\u0000","b":[2]}>'
+        assert (code, out) == (1, f'<a\nb\n><c>{told}<\\u0000><é"\\><><null><9007199254740991>')
+        found = box.receipt()
+        assert found is not None
+        assert [entry["ok"] for entry in found["items"]] == [n != 4 for n in range(9)]
+        assert found["items"][4]["error"] == "the item holds a NUL: no program can be given it"
+
+    @jq
+    @pytest.mark.parametrize(
+        "items", ["7", '{"items":{"a":1}}', "[1", '[1,{"a":9007199254740993}]']
+    )
+    def test_a_shell_with_jq_refuses_what_are_no_items(self, items: str, box: Container) -> None:
+        box.env["DISPATCH_ITEMS"] = items
+        code, out, err = ended(box.shell(f"dispatch_each {SHOW}"))
+        assert (code, out) == (65, "")
+        assert "the items cannot be read" in err
+
+    def test_a_shell_claims_before_it_begins(self, box: Container) -> None:
+        box.env["DISPATCH_CLAIM_URI"] = (box.path / "claims" / "k1").as_uri()
+        for _ in range(2):  # all tasks of one execution go on
+            assert ended(box.shell(f"dispatch_each {SHOW}"))[:2] == (0, "<c><d d><e>")
+        assert (box.path / "claims" / "k1").read_text() == "job-abc"
+        box.env["CLOUD_RUN_EXECUTION"] = "job-double"
+        code, out, err = ended(box.shell(f"dispatch_each {SHOW}"))
+        assert (code, out) == (94, "")
+        assert "belongs to execution job-abc, and this is job-double: nothing is done here" in err
+        assert [path.name for path in (box.path / "claims").iterdir()] == ["k1"]
+
+    @pytest.mark.parametrize(
+        ("given", "own"),
+        [({"AWS_BATCH_JOB_ID": "12-34:7", "CLOUD_RUN_EXECUTION": ""}, "12-34"), ({}, None)],
+    )
+    @pytest.mark.parametrize("language", [pytest.param("node", marks=node), "shell", "python"])
+    def test_every_language_claims_in_the_same_name(
+        self, language: str, given: dict[str, str], own: str | None, box: Container
+    ) -> None:
+        del box.env["CLOUD_RUN_EXECUTION"]
+        box.env.update(given, DISPATCH_CLAIM_URI=(box.path / "k1").as_uri())
+        assert ended(box.speaking(language))[0] == 0
+        assert (box.path / "k1").read_text() == (own or os.uname().nodename)
+
+    @pytest.mark.parametrize("name", ["DISPATCH_CLAIM_URI", "DISPATCH_RESULT_URI"])
+    @pytest.mark.parametrize("uri", ["gs://bucket/k1", "file:///a%20b", "file://host/a"])
+    def test_a_shell_begins_nothing_that_it_could_not_claim_or_tell_of(
+        self, name: str, uri: str, box: Container
+    ) -> None:
+        box.env[name] = uri
+        code, out, err = ended(box.shell(f"dispatch_each {SHOW}"))
+        assert (code, out) == (65, "")
+        assert uri in err
+
+    def test_a_shell_begins_nothing_where_the_claim_cannot_be_written(self, box: Container) -> None:
+        (box.path / "claims").touch()
+        box.env["DISPATCH_CLAIM_URI"] = (box.path / "claims" / "k1").as_uri()
+        assert ended(box.shell(f"dispatch_each {SHOW}"))[:2] == (75, "")
+        box.env["DISPATCH_CLAIM_URI"] = "https://h/k1?secret"
+        code, out, err = ended(box.shell(f"dispatch_each {SHOW}"))
+        assert (code, out) == (65, "")
+        assert err == "receipt.sh: cannot claim https://h/k1: only files; use container.py\n"
+
+    @pytest.mark.parametrize(
+        "language", [pytest.param("node", marks=node), pytest.param("shell", marks=curl), "python"]
+    )
+    def test_every_language_writes_again_what_met_another_write(
+        self, language: str, box: Container
+    ) -> None:
+        with serve_gcs() as gcs:
+            gcs.conflicts = 1
+            box.env["DISPATCH_RESULT_URI"] = f"{gcs.url}/bucket/out"
+            assert ended(box.speaking(language)) == (0, "", "")
+            assert json.loads(gcs.objects["out"])["complete"]
+            assert [path for _, path, _ in gcs.seen] == ["/bucket/out"] * 2
 
     def test_a_shell_keeps_what_it_did_when_it_is_told_to_stop(self, box: Container) -> None:
         process = box.shell(
@@ -525,12 +636,7 @@ class TestOtherLanguages:
             address = {"Bucket": "bucket", "Key": "out"}
             box.env["DISPATCH_RESULT_URI"] = s3.generate_presigned_url("put_object", address)
             for _ in range(2):
-                process = {
-                    "node": lambda: box.node("() => null"),
-                    "shell": lambda: box.shell("dispatch_each true"),
-                    "python": lambda: box.wrapper("--each", "true"),
-                }[language]()
-                code, _, err = ended(process)
+                code, _, err = ended(box.speaking(language))
                 assert code == 0
             assert "already; it stands" in err
             found = json.loads(s3.get_object(**address)["Body"].read())
