@@ -21,6 +21,7 @@ import pytest
 from buckets import serve_gcs, serve_s3
 
 from dispatcher import container
+from dispatcher.receipts import Expected, read_receipt
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "container"
@@ -93,6 +94,13 @@ class Container:
         if language == "shell":
             return self.shell("dispatch_each true")
         return self.wrapper("--each", "true")
+
+    def bound_node(self, most: int) -> None:
+        """Let a receipt by Node.js have fewer bytes."""
+        path = self.path / "image" / "receipt.mjs"
+        bound, text = "MAX_RECEIPT_BYTES = 16 << 20;", path.read_text()
+        assert bound in text
+        path.write_text(text.replace(bound, f"MAX_RECEIPT_BYTES = {most};"))
 
     def receipt(self, name: str = "1.json") -> dict[str, Any] | None:
         try:
@@ -460,6 +468,61 @@ class TestOtherLanguages:
         assert box.kept() == [{"i": 0, "ok": True}]
 
     @node
+    @pytest.mark.parametrize("text", ["e", "障", "😀", "\\u0001"], ids=["e", "cjk", "emoji", "control"])
+    @pytest.mark.parametrize("count", [1, 9, 100])
+    def test_nodes_receipt_tells_of_every_item_in_the_bytes_that_it_may_have(
+        self, count: int, text: str, box: Container
+    ) -> None:
+        box.bound_node(9000)
+        box.env["DISPATCH_ITEMS"] = json.dumps(list(range(count)))
+        work = f"""(item) => {{
+            if (item % 3 === 1) throw '{text}'.repeat(5000);
+            if (item % 3 === 2) return '{text}'.repeat(500);
+        }}"""
+        assert ended(box.node(work)) == (int(count > 1), "", "")
+        data = (box.path / "results" / "k1" / "1.json").read_bytes()
+        assert len(data) <= 9000
+        read = read_receipt(data, Expected("k1", 1, 1, count))
+        assert read.complete
+        assert len(read.items) == count
+        if count == 9:
+            errors = [item.error or "" for item in read.failed]
+            assert all(error.endswith("…") and len(error) > 100 for error in errors[:3])
+
+    @node
+    def test_node_puts_beside_the_receipt_what_the_dispatcher_would_spell_too_long(
+        self, box: Container
+    ) -> None:
+        box.env["DISPATCH_ITEMS"] = '["a"]'
+        assert ended(box.node("() => Array(700).fill(1e-7)")) == (0, "", "")
+        data = (box.path / "results" / "k1" / "1.json").read_bytes()
+        (item,) = read_receipt(data, Expected("k1", 1, 1, 1)).items
+        assert item.output_uri == f"{box.env['DISPATCH_RESULT_URI']}1.output.0.json"
+        assert json.loads((box.path / "results" / "k1" / "1.output.0.json").read_text())
+
+    @node
+    def test_node_refuses_more_items_than_a_receipt_can_tell_of(self, box: Container) -> None:
+        box.bound_node(1000)
+        box.env["DISPATCH_ITEMS"] = json.dumps(list(range(100)))
+        code, out, err = ended(box.node("() => console.log('begun')"))
+        assert (code, out) == (1, "")
+        assert "no receipt can tell of 100 items: make the job's chunks smaller" in err
+
+    @node
+    def test_node_keeps_what_it_did_where_its_receipt_cannot_be_written(
+        self, box: Container
+    ) -> None:
+        with serve_gcs() as gcs:
+            gcs.refused = "results/k1/1.json"
+            box.env["STORAGE_EMULATOR_HOST"] = gcs.url
+            box.env["DISPATCH_RESULT_URI"] = "gs://bucket/results/k1/"
+            code, _, err = ended(box.node(JAVASCRIPT))
+            assert code == 1
+            assert "cannot PUT gs://bucket/results/k1/1.json: 403" in err
+            found = json.loads(gcs.objects["results/k1/1.progress.json"])
+            assert (found["complete"], len(found["items"])) == (False, 3)
+
+    @node
     def test_node_claims_and_writes_at_google(self, box: Container) -> None:
         with serve_gcs() as gcs:
             gcs.objects["in/k1"] = DOCUMENT.encode()
@@ -567,6 +630,21 @@ class TestOtherLanguages:
         assert (code, out) == (94, "")
         assert "belongs to execution job-abc, and this is job-double: nothing is done here" in err
         assert [path.name for path in (box.path / "claims").iterdir()] == ["k1"]
+
+    @pytest.mark.parametrize("language", [pytest.param("node", marks=node), "shell", "python"])
+    def test_every_language_takes_the_items_of_its_own_task_and_no_others(
+        self, language: str, box: Container
+    ) -> None:
+        box.env["DISPATCH_TASK_INDEX"] = ""  # says nothing
+        assert ended(box.speaking(language))[0] == 0
+        found = box.receipt()
+        assert found is not None
+        assert (found["task"], found["chunk"]) == (1, 40)
+        box.env["DISPATCH_TASK_INDEX"] = "-1"
+        code, _, err = ended(box.speaking(language))
+        assert code == (1 if language == "node" else 65)
+        assert "-1" in err
+        assert "must be a number" in err
 
     @pytest.mark.parametrize(
         ("given", "own"),
