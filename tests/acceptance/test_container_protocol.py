@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,8 @@ class Container:
         self.started.append(process)
         return process
 
-    def python(self, program: str) -> subprocess.Popen[str]:
-        return self.start(
-            sys.executable, "-I", "-c", f"import sys\nsys.path.insert(0, '')\n{program}"
-        )
+    def python(self, program: str, interpreter: str = sys.executable) -> subprocess.Popen[str]:
+        return self.start(interpreter, "-I", "-c", f"import sys\nsys.path.insert(0, '')\n{program}")
 
     def wrapper(self, *words: str) -> subprocess.Popen[str]:
         return self.start(sys.executable, "container.py", "exec", *words)
@@ -420,6 +419,67 @@ class TestTheWrapper:
         assert box.receipt() is None
 
 
+class TestTheOldestPython:
+    """The helper in an image that is not renewed: of 3.8 and newer, the oldest that is here."""
+
+    @pytest.fixture
+    def old(self) -> str:
+        found = oldest_python()
+        if found is None:
+            pytest.skip("there is no Python 3.8, 3.9 or 3.10 here, neither in PATH nor of pyenv")
+        return found
+
+    def test_a_program_claims_and_leaves_its_receipt(self, old: str, box: Container) -> None:
+        with serve_gcs() as gcs:
+            gcs.objects["in"] = DOCUMENT.encode()
+            box.env["STORAGE_EMULATOR_HOST"] = gcs.url
+            box.env["DISPATCH_INPUT_URI"] = "gs://bucket/in"
+            box.env["DISPATCH_RESULT_URI"] = "gs://bucket/results/k1/"
+            box.env["DISPATCH_CLAIM_URI"] = "gs://bucket/claims/k1"
+            program = WORK.format("task.report_at(1, ok=True, output='x' * 5000)")
+            assert ended(box.python(program, old)) == (0, "", "")
+            found = read_receipt(gcs.objects["results/k1/1.json"], Expected("k1", 1, 3, 3))
+            assert [item.error for item in found.items] == ["bad", None, None]
+            assert found.items[1].output_uri == "gs://bucket/results/k1/1.output.1.json"
+            box.env["CLOUD_RUN_EXECUTION"] = "job-double"
+            assert ended(box.python(WORK.format("pass"), old))[0] == 94
+
+    def test_a_program_that_fails_or_is_told_to_stop_leaves_what_it_did(
+        self, old: str, box: Container
+    ) -> None:
+        assert ended(box.python(WORK.format("raise OSError('no')"), old))[0] == 1
+        assert [entry["i"] for entry in box.kept() or []] == [0, 1]
+        process = box.python(WORK.format("print('there', flush=True); time.sleep(60)"), old)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process) == (143, "", "")
+
+    def test_the_wrapper_runs_one_process_an_item(self, old: str, box: Container) -> None:
+        process = box.start(old, "container.py", "exec", "--each", "sh", "-c", '[ "$ITEM" != c ]')
+        assert ended(process) == (1, "", "")
+        found = box.receipt()
+        assert found is not None
+        assert [entry["ok"] for entry in found["items"]] == [False, True, True]
+        (box.path / "input.jsonl").write_text("{}\n{}\n")
+        assert ended(box.start(old, "container.py", "exec", "true"))[0] == 65
+
+
+@cache
+def oldest_python() -> str | None:
+    """Find the oldest interpreter that the helper must do with and the other tests do not use."""
+    for version in ("3.8", "3.9", "3.10"):
+        of_pyenv = Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")
+        for candidate in (*sorted(of_pyenv), shutil.which(f"python{version}")):
+            # pyenv puts a program of that name into PATH also where it is switched off.
+            code = "import sys; print(sys.executable)"
+            command = [candidate or "false", "-I", "-c", code]
+            told = subprocess.run(command, capture_output=True, text=True, check=False)
+            if told.returncode == 0:
+                return told.stdout.strip()
+    return None
+
+
 SHOW = 'sh -c \'printf "<%s>" "$ITEM"\''
 JAVASCRIPT = "async (item) => { if (item === 'c') throw new Error('bad'); return item; }"
 
@@ -468,7 +528,9 @@ class TestOtherLanguages:
         assert box.kept() == [{"i": 0, "ok": True}]
 
     @node
-    @pytest.mark.parametrize("text", ["e", "障", "😀", "\\u0001"], ids=["e", "cjk", "emoji", "control"])
+    @pytest.mark.parametrize(
+        "text", ["e", "障", "😀", "\\u0001"], ids=["e", "cjk", "emoji", "control"]
+    )
     @pytest.mark.parametrize("count", [1, 9, 100])
     def test_nodes_receipt_tells_of_every_item_in_the_bytes_that_it_may_have(
         self, count: int, text: str, box: Container
