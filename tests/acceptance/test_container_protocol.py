@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from buckets import serve_gcs, serve_s3
+from google_emulators import INSTALLED, run_emulators, serve_front
 
 from dispatcher import container
 from dispatcher.receipts import Expected, read_receipt
@@ -417,6 +418,47 @@ class TestTheWrapper:
         process.send_signal(signal.SIGTERM)
         assert ended(process)[:2] == (9, "heard\n")
         assert box.receipt() is None
+
+
+@pytest.mark.skipif(
+    not (INSTALLED / "installed.lock").exists(),
+    reason="no emulator of Cloud Storage here: run scripts/google-emulators.sh",
+)
+def test_a_storage_that_others_wrote_takes_claim_progress_and_receipt_of_each_language(
+    box: Container,
+) -> None:
+    with (
+        run_emulators(box.path / "emulators", bigquery=False) as emulators,
+        serve_front(emulators) as (front, url),
+    ):
+        box.env["STORAGE_EMULATOR_HOST"] = url
+        box.env["DISPATCH_INPUT_URI"] = "gs://bucket/in/a b"
+        emulators.upload("in/a b", DOCUMENT.encode())
+        for language in ("node", "python") if shutil.which("node") else ("python",):
+            box.env["DISPATCH_RESULT_URI"] = f"gs://bucket/results/é {language}/"
+            box.env["DISPATCH_CLAIM_URI"] = f"gs://bucket/claims/{language}"
+            box.env["CLOUD_RUN_EXECUTION"] = "job-abc"
+            if language == "python":
+                work = WORK.format("pass").replace("output=item", "output=item * 2000")
+                process = box.python(work)
+            else:
+                process = box.node("(item) => item.repeat(2000)")
+            assert ended(process) == (0, "", "")
+            names = emulators.names(f"results/é {language}/")
+            assert {"1.json", "1.output.1.json"} <= set(names)
+            told = emulators.content(f"results/é {language}/1.json")
+            items = read_receipt(told, Expected("k1", 1, 3, 3)).items
+            assert items[1].output_uri == f"{box.env['DISPATCH_RESULT_URI']}1.output.1.json"
+            stored_output = emulators.content(f"results/é {language}/1.output.1.json")
+            assert json.loads(stored_output) == "d d" * 2000
+            box.env["CLOUD_RUN_EXECUTION"] = "job-double"
+            assert ended(box.speaking(language))[0] == 94
+            assert emulators.content(f"claims/{language}") == b"job-abc"
+        box.env["CLOUD_RUN_EXECUTION"] = "job-abc"
+        assert "already; it stands" in ended(box.speaking("python"))[2]
+        told = emulators.content("results/é python/1.progress.json")
+        assert json.loads(told)["complete"] is False
+        assert {status for status, _ in front.refused} == {412}
 
 
 class TestTheOldestPython:
