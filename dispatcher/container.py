@@ -89,13 +89,17 @@ MAX_STORED_OUTPUT_BYTES = 16 << 20
 
 MAX_ERROR_CHARACTERS = 1000
 
+MAX_URI_CHARACTERS = 8000
+"""The longest `output_uri` that the dispatcher takes."""
+
 MAX_RECEIPT_BYTES = 16 << 20
 """The largest receipt: the dispatcher reads no larger one."""
 
-INLINE_BYTES = 8 << 20
-"""Outputs and errors in one receipt, together; what comes later goes beside it, or is cut."""
+MAX_PROGRESS = 2**62
+"""What `progress` can tell at most, of done and of total."""
 
 SHORT_ERROR_CHARACTERS = 100
+"""What must fit of an error beside an output, or the output goes beside the receipt."""
 
 PROGRESS_SECONDS = 5.0
 """Between two writes of what is done so far, at least: each is a call that somebody pays for."""
@@ -267,10 +271,13 @@ class Task:
         self._set_uris(environ)
         self._places: dict[str, list[int]] | None = None
         self._results: dict[int, dict[str, Any]] = {}
-        self._inline = 0
+        self._room = _Room(self)
         self._told: dict[str, int] | None = None
-        self._dirty = False
-        self._written_last: bool | None = None
+        # Counted, so that what was reported while something was written is not taken for written.
+        self._changes = 0
+        self._kept = 0
+        self._closing = False
+        self._over = False
         # Re-entrant, because a signal may come while its own thread holds them.
         self._state = threading.RLock()
         self._writing = threading.RLock()
@@ -312,7 +319,7 @@ class Task:
 
         Raises:
             ValueError: no such item; an output that is not JSON, or too large for the receipt
-                where nothing can be written beside it.
+                where nothing can be written beside it; more items than a receipt can tell of.
             StorageError: a large output could not be written.
         """
         with self._state:
@@ -347,25 +354,35 @@ class Task:
             raise ValueError(f"item {position} is said to be ok, and to have the error {error!r}")
         if output is not None and output_uri is not None:
             raise ValueError(f"item {position} has an output and an output_uri: give one of them")
+        self.refuse_too_many()
+        told = None if ok else _error_text(error)
         entry: dict[str, Any] = {"i": position, "ok": ok}
+        data = b"" if output is None else _output_bytes(position, output)
         if output_uri is not None:
-            entry["output_uri"] = str(output_uri)
-        elif output is not None:
-            self._add_output(entry, output)
-        if not ok:
-            entry["error"] = self._error_text(error)
-        with self._state:
-            self._inline -= _inline_size(self._results.get(position))
-            self._inline += _inline_size(entry)
-            self._results[position] = entry
-            self._dirty = True
+            self._store({**entry, "output_uri": _uri_text(position, output_uri)}, told)
+        elif not data or not self._store_inline(entry, data, told):
+            uri = self._write_beside(entry, data) if data else None
+            self._store({**entry, "output_uri": uri} if uri else entry, told)
         self._start_writer()
+
+    def refuse_too_many(self) -> None:
+        """Refuse a task of which no receipt can tell.
+
+        Raises:
+            InputError: it has more items than can be told of, though without output and error.
+        """
+        if self._room.most_items < len(self.items):
+            raise InputError(
+                f"this task has {len(self.items):,} items, and a receipt of {MAX_RECEIPT_BYTES:,} "
+                f"bytes tells of {self._room.most_items:,}: make the job's chunks smaller"
+            )
 
     def progress(self, done: int, total: int) -> None:
         """Say how far the work is, in any unit; shown while it runs."""
+        told = {"done": int(done), "total": int(total)}
         with self._state:
-            self._told = {"done": int(done), "total": int(total)}
-            self._dirty = True
+            self._told = {name: min(max(n, 0), MAX_PROGRESS) for name, n in told.items()}
+            self._changes += 1
         self._start_writer()
 
     @property
@@ -379,22 +396,25 @@ class Task:
         Raises:
             StorageError: it could not be written.
         """
-        with self._state:
-            self._dirty = False
-            if self._written_last is not None:
-                return
-            if self.progress_uri is None and (self.result_uri is None or not self._results):
-                return
-            data = self._document(complete=False)
         # A write that hangs must not use up the time that is left after a SIGTERM.
         held = self._writing.acquire(timeout=GRACE_SECONDS)
         try:
+            # Made only now: of two writes, the later one must be that of the newer document.
+            with self._state:
+                if self._over:
+                    return
+                if self.progress_uri is None and (self.result_uri is None or not self._results):
+                    return
+                changes = self._changes
+                # Where there is one URL only, a SIGTERM during the last write repeats that one.
+                complete = self.progress_uri is None and self._closing
+                data = self._document(complete=complete)
             if self.progress_uri is not None:
                 _replace(self.progress_uri, data)
             elif self.result_uri is not None:
-                # There is one URL only: what stands there is the last word.
-                self._written_last = False
                 _create(self.result_uri, data)
+                self._over = True  # what stands there is the last word
+            self._kept = changes
         finally:
             if held:
                 self._writing.release()
@@ -420,65 +440,96 @@ class Task:
             _remark(f"{unreported} of {len(self.items)} items were not reported: no receipt")
             self.flush()
             return True
-        if self._written_last is None:
-            data = self._document(complete=True)
-            with self._writing:
-                self._written_last = True
-                if not _create(self.result_uri, data):
-                    _remark(f"there is a receipt at {_shown(self.result_uri)} already; it stands")
+        with self._writing:
+            if not self._over:
+                self._write_last(self.result_uri)
         return True
 
-    def _add_output(self, entry: dict[str, Any], output: Any) -> None:
+    def _write_last(self, uri: str) -> None:
+        """Write the complete receipt; or, if that fails, at least what is done."""
+        self._closing = True
         try:
-            text = _json(output)
-            data = text.encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"the output of item {entry['i']} is not JSON: {error}") from None
-        if len(data) <= MAX_OUTPUT_BYTES and self._inline + len(data) <= INLINE_BYTES:
-            entry["output"] = json.loads(text)  # as it is now, whatever becomes of it
-            return
-        if self.result_uri is None:
-            return  # nobody asks for it
-        if self._stem is None or len(data) > MAX_STORED_OUTPUT_BYTES:
-            raise ValueError(
-                f"the output of item {entry['i']} has {len(data):,} bytes as JSON, and may have "
-                f"{MAX_OUTPUT_BYTES:,}: write it to a place of your own and report its output_uri"
-            )
-        entry["output_uri"] = f"{self._stem}.output.{entry['i']}.json"
-        _replace(entry["output_uri"], data)
+            if not _create(uri, self._document(complete=True)):
+                _remark(f"there is a receipt at {_shown(uri)} already; it stands")
+            self._over = True
+        except BaseException:
+            # Unless a SIGTERM did so in between. One URL alone has just refused the same.
+            if self.progress_uri is not None and self._kept != self._changes:
+                _keep(self)
+            raise
+        finally:
+            self._closing = False
 
-    def _error_text(self, error: Any) -> str:
-        if isinstance(error, BaseException):
-            error = f"{type(error).__name__}: {error}"
-        text = "it failed" if error is None else str(error)
-        # Half a surrogate pair is no Unicode, and databases take no NUL.
-        text = text.encode("utf-8", "replace").decode().replace("\0", "�")
-        full = self._inline + min(len(text), MAX_ERROR_CHARACTERS) > INLINE_BYTES
-        most = SHORT_ERROR_CHARACTERS if full else MAX_ERROR_CHARACTERS
-        return text if len(text) <= most else text[: most - 1] + "…"
+    def _store_inline(self, entry: dict[str, Any], output: bytes, error: str | None) -> bool:
+        """Keep how an item ended with its output, unless that is too large for the receipt."""
+        if len(output) > MAX_OUTPUT_BYTES:
+            return False
+        entry = {**entry, "output": json.loads(output)}  # as it is now, whatever becomes of it
+        short = None if error is None else error[:SHORT_ERROR_CHARACTERS]
+        with self._state:
+            if not self._room.takes(entry if short is None else {**entry, "error": short}):
+                return False
+            self._store(entry, error)
+        return True
+
+    def _store(self, entry: dict[str, Any], error: str | None) -> None:
+        with self._state:
+            self._refuse_without_room(entry)
+            text = "" if error is None else self._room.cut(entry, error)
+            if text:
+                entry = {**entry, "error": text}
+            self._room.give(entry)
+            self._results[entry["i"]] = entry
+            self._changes += 1
+
+    def _refuse_without_room(self, entry: dict[str, Any]) -> None:
+        if not self._room.takes(entry):
+            raise ValueError(
+                f"the receipt has no room for the output_uri of item {entry['i']}: "
+                "make the job's chunks smaller"
+            )
+
+    def _write_beside(self, entry: dict[str, Any], output: bytes) -> str | None:
+        """Write an output that does not stand in the receipt; returns where it lies."""
+        if self.result_uri is None:
+            return None  # nobody asks for it
+        position = entry["i"]
+        uri = self.beside(position)
+        if uri is None or len(output) > MAX_STORED_OUTPUT_BYTES:
+            raise ValueError(
+                f"the output of item {position} has {len(output):,} bytes as JSON, and may have "
+                f"{MAX_OUTPUT_BYTES if uri is None else MAX_STORED_OUTPUT_BYTES:,}: write it to a "
+                "place of your own and report its output_uri"
+            )
+        self._refuse_without_room({**entry, "output_uri": uri})
+        _replace(uri, output)
+        return uri
+
+    def beside(self, position: int) -> str | None:
+        """Name the place for an item's output beside the receipt, if there is one."""
+        return None if self._stem is None else f"{self._stem}.output.{position}.json"
+
+    def envelope(self, *, complete: bool) -> dict[str, Any]:
+        """Make a receipt without items."""
+        return {
+            "version": 1,
+            "key": self.key,
+            "task": self.index,
+            "chunk": self.chunk,
+            "attempt": self.attempt,
+            "complete": complete,
+            "items": [],
+            "written_at": _utc_now().strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
 
     def _document(self, *, complete: bool) -> bytes:
+        self.refuse_too_many()
         with self._state:
-            results = [self._results[position] for position in sorted(self._results)]
-            receipt: dict[str, Any] = {
-                "version": 1,
-                "key": self.key,
-                "task": self.index,
-                "chunk": self.chunk,
-                "attempt": self.attempt,
-                "complete": complete,
-                "items": results,
-            }
+            receipt = self.envelope(complete=complete)
+            receipt["items"] = [self._results[position] for position in sorted(self._results)]
             if self._told and not complete:
                 receipt["progress"] = self._told
-        receipt["written_at"] = _utc_now().strftime("%Y-%m-%dT%H:%M:%SZ")
-        data = _json(receipt).encode()
-        if len(data) > MAX_RECEIPT_BYTES:
-            raise StorageError(
-                f"the receipt of {len(results):,} items has {len(data):,} bytes, and may have "
-                f"{MAX_RECEIPT_BYTES:,}: make the job's chunks smaller"
-            )
-        return data
+            return _json(receipt).encode()
 
     def _start_writer(self) -> None:
         if self.progress_uri is None or self._writer is not None or self._stop.is_set():
@@ -496,13 +547,12 @@ class Task:
         pause = FILE_SECONDS if self.attempt > 1 else least
         complained = False
         while not self._stop.wait(pause):
-            if not self._dirty:
+            if self._kept == self._changes:
                 continue
             begun = time.monotonic()
             try:
                 self.flush()
             except OSError as error:
-                self._dirty = True
                 if not complained:
                     _remark(f"progress cannot be written: {error}")
                 complained = True
@@ -518,11 +568,89 @@ def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def _inline_size(entry: dict[str, Any] | None) -> int:
-    if entry is None:
-        return 0
-    size = len(entry.get("error", "")) + len(entry.get("output_uri", ""))
-    return size + (len(_json(entry["output"])) if "output" in entry else 0)
+def _output_bytes(position: int, output: Any) -> bytes:
+    try:
+        return _json(output).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the output of item {position} is not JSON: {error}") from None
+
+
+def _uri_text(position: int, uri: Any) -> str:
+    """Take a URI as it is, or refuse it: half of one leads nowhere."""
+    text = str(uri)
+    if len(text) > MAX_URI_CHARACTERS or re.search("[\0\ud800-\udfff]", text):
+        raise ValueError(
+            f"the output_uri of item {position} must be Unicode without NUL, of at most "
+            f"{MAX_URI_CHARACTERS:,} characters, and is {text[:80]!r}"
+        )
+    return text
+
+
+def _error_text(error: Any) -> str:
+    if isinstance(error, BaseException):
+        error = f"{type(error).__name__}: {error}"
+    text = "it failed" if error is None else str(error)
+    text = text if len(text) <= MAX_ERROR_CHARACTERS else text[: MAX_ERROR_CHARACTERS - 1] + "…"
+    # Half a surrogate pair is no Unicode, and databases take no NUL.
+    return text.encode("utf-8", "replace").decode().replace("\0", "�")
+
+
+class _Room:
+    """How the bytes of a receipt are shared, so that it always tells of every item.
+
+    Each item has a place of its own, which holds at least whether it succeeded and, unless there
+    are too many, where its output lies. What is left is a pool for those that come first. All is
+    counted as it will stand in the document: UTF-8, with what JSON escapes.
+    """
+
+    def __init__(self, task: Task) -> None:
+        count = max(len(task.items), 1)
+        told = {"done": MAX_PROGRESS, "total": MAX_PROGRESS}
+        asked = task.result_uri or task.progress_uri  # else nothing of it is ever written
+        room = MAX_RECEIPT_BYTES if asked else sys.maxsize
+        room -= _size({**task.envelope(complete=False), "progress": told})
+        bare = _size({"i": count - 1, "ok": False}) + len(",")
+        self.most_items = room // bare
+        room = max(room - count * bare, 0)
+        uri = task.beside(count - 1)
+        beside = 0 if uri is None else _size({"output_uri": uri})
+        self._place = bare + max(room // 2 // count, min(beside, room // count))
+        self._pool = room - count * (self._place - bare)
+        self._taken: dict[int, int] = {}
+        """From the pool, by position."""
+
+    def takes(self, entry: dict[str, Any]) -> bool:
+        """Say if what is to be told of an item fits."""
+        return self._left(entry) >= 0
+
+    def give(self, entry: dict[str, Any]) -> None:
+        """Keep the room for what is told of an item, in place of what was told before."""
+        position = entry["i"]
+        self._pool += self._taken.pop(position, 0)
+        taken = _size(entry) + len(",") - self._place
+        if taken > 0:
+            self._taken[position] = taken
+            self._pool -= taken
+
+    def cut(self, entry: dict[str, Any], error: str) -> str:
+        """Give as much of an error as fits beside the rest of what is told of the item."""
+        if self.takes({**entry, "error": error}):
+            return error
+        fits, too_many = 0, len(error)
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self.takes({**entry, "error": error[:middle] + "…"}):
+                fits = middle
+            else:
+                too_many = middle
+        return error[:fits] + "…" if fits else ""
+
+    def _left(self, entry: dict[str, Any]) -> int:
+        return self._place + self._pool + self._taken.get(entry["i"], 0) - _size(entry) - len(",")
+
+
+def _size(value: Any) -> int:
+    return len(_json(value).encode())
 
 
 def _utc_now() -> datetime:
@@ -592,6 +720,7 @@ def run() -> Iterator[Task]:
     """
     claim()
     task = _this_task()
+    task.refuse_too_many()
     _Process.leaves_by_exit = True  # the end of the block does it
     try:
         # A first word, so that a crash at the first item can be told from one before it.
@@ -660,8 +789,9 @@ def _leave_by_exit() -> None:
     """Without `run`: see to it that the receipt is written when the interpreter ends."""
     if _Process.leaves_by_exit:
         return
-    _Process.leaves_by_exit = True
     task = _this_task()
+    task.refuse_too_many()
+    _Process.leaves_by_exit = True
     before = sys.excepthook
 
     def crashed(*details: Any) -> None:
@@ -685,11 +815,17 @@ def _at_exit(task: Task, owner: int) -> None:
     except OSError as error:
         _remark(f"the receipt cannot be written: {error}")
         told = False
+    except SystemExit:  # by a SIGTERM, this late
+        _leave_now(EXIT_SIGTERM)
     if not told and not _Process.crashed:
-        # The only way to change the exit code now.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        _leave_now(1)
+
+
+def _leave_now(code: int) -> NoReturn:
+    """Exit with a code while the interpreter ends: there is no other way to change it then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 # --- Objects: file://, s3://, gs://, and URLs that are signed ---------------------------------
@@ -700,6 +836,7 @@ class _CutOff(StorageError):
 
 
 class _Call(NamedTuple):
+    method: str
     url: str
     headers: dict[str, str]
 
@@ -835,7 +972,7 @@ def _send(
     for pause in (*PAUSES, None):
         again = True
         try:
-            return _urlopen(_call(method, uri, data, only_new=only_new), method, data)
+            return _urlopen(_call(method, uri, data, only_new=only_new), data)
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode(errors="replace")
             error.close()
@@ -857,25 +994,25 @@ def _send(
     raise StorageError(f"cannot {'read' if method == 'GET' else 'write'} {_shown(uri)}: {problem}")
 
 
-def _urlopen(call: _Call, method: str, data: bytes | None) -> http.client.HTTPResponse:
-    request = urllib.request.Request(call.url, data=data, headers=call.headers, method=method)
+def _urlopen(call: _Call, data: bytes | None) -> http.client.HTTPResponse:
+    request = urllib.request.Request(call.url, data=data, headers=call.headers, method=call.method)
     response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=CALL_SECONDS)
     return response
 
 
 def _call(method: str, uri: str, data: bytes | None, *, only_new: bool) -> _Call:
+    scheme = uri.partition("://")[0]
+    if scheme == "gs":
+        return _google_call(method, uri, only_new=only_new)
     headers = {}
     if data is not None:
         headers["Content-Type"] = "application/json"
-    scheme = uri.partition("://")[0]
-    if scheme == "gs":
-        return _google_call(method, uri, headers, only_new=only_new)
     if only_new:
         headers["If-None-Match"] = "*"
     if scheme == "s3":
         return _s3_call(method, uri, headers, data or b"")
     if scheme in ("https", "http"):
-        return _Call(uri, headers)
+        return _Call(method, uri, headers)
     raise InputError(f"{_shown(uri)} is none of file://, s3://, gs:// and https://")
 
 
@@ -912,8 +1049,10 @@ def _forget_credentials(status: int) -> None:
         _kept.clear()
 
 
-def _google_call(method: str, uri: str, headers: dict[str, str], *, only_new: bool) -> _Call:
+def _google_call(method: str, uri: str, *, only_new: bool) -> _Call:
+    """Make the call of the JSON API; what is a PUT elsewhere is a POST there."""
     bucket, key = _bucket_and_key(uri)
+    headers = {}
     emulator = os.environ.get("STORAGE_EMULATOR_HOST")
     base = "https://storage.googleapis.com"
     if emulator:
@@ -921,11 +1060,14 @@ def _google_call(method: str, uri: str, headers: dict[str, str], *, only_new: bo
     else:
         headers["Authorization"] = f"Bearer {_google_token()}"
     if method == "GET":
-        return _Call(f"{base}/storage/v1/b/{bucket}/o/{quote(key, safe='')}?alt=media", headers)
+        url = f"{base}/storage/v1/b/{bucket}/o/{quote(key, safe='')}?alt=media"
+        return _Call("GET", url, headers)
+    # Emulators take JSON for what is said of an object, and not for its content.
+    headers["Content-Type"] = "application/octet-stream"
     query = {"uploadType": "media", "name": key}
     if only_new:
         query["ifGenerationMatch"] = "0"
-    return _Call(f"{base}/upload/storage/v1/b/{bucket}/o?{urlencode(query)}", headers)
+    return _Call("POST", f"{base}/upload/storage/v1/b/{bucket}/o?{urlencode(query)}", headers)
 
 
 def _google_token() -> str:
@@ -978,7 +1120,8 @@ def _s3_call(method: str, uri: str, headers: dict[str, str], data: bytes) -> _Ca
         url = f"https://s3.{region}.{suffix}/{bucket}/{path}"
     else:
         url = f"https://{bucket}.s3.{region}.{suffix}/{path}"
-    return _Call(url, _sign(method, url, headers, data, _aws_credentials(), region, _utc_now()))
+    signed = _sign(method, url, headers, data, _aws_credentials(), region, _utc_now())
+    return _Call(method, url, signed)
 
 
 def _sign(
@@ -1251,6 +1394,7 @@ class _Supervisor:
     """Runs the command as a child, hands signals on, and keeps the receipt."""
 
     def __init__(self, task: Task) -> None:
+        task.refuse_too_many()
         self.task = task
         self.child: subprocess.Popen[bytes] | None = None
         self.stopped = False

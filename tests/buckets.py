@@ -1,8 +1,8 @@
 """A fake of Google Cloud Storage: as much of its XML and JSON APIs as writing receipts needs.
 
-It is a fake of ours and no proof of what Google does. It keeps to the documents in the one point
-that `gcp-storage-emulator` leaves out: a write with generation match 0 of an object that exists is
-answered 412.
+It is a fake of ours and no proof of what Google does. It keeps to the documents where
+`gcp-storage-emulator` does not: a write with generation match 0 of an object that exists is
+answered 412, and a PUT to the JSON API's uploads, which is not documented, 405.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class FakeGcs(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.refused = ""
         """A key of which nothing may be read or written: 403."""
+        self.unavailable = ""
+        """A key of which nothing can be written: 503."""
+        self.conflicts = 0
+        """How many more writes meet another one at the same time: 409."""
+
         self.seen: list[tuple[str, str, dict[str, str]]] = []
         self.lock = threading.Lock()
 
@@ -66,7 +71,12 @@ class _Api(BaseHTTPRequestHandler):
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
 
     def do_PUT(self) -> None:
-        self._write()
+        if self.path.startswith(UPLOADS):
+            self._target()
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._answer(405, b"Method Not Allowed")  # objects.insert is a POST
+        else:
+            self._write()
 
     def do_POST(self) -> None:
         self._write()
@@ -82,9 +92,15 @@ class _Api(BaseHTTPRequestHandler):
         data = self.rfile.read(int(self.headers["Content-Length"]))
         if self._refused(bucket, key):
             return
+        if key == self.server.unavailable:
+            self._answer(503, b"<Error><Code>x</Code></Error>")
+            return
         match = self.headers["x-goog-if-generation-match"] or query.get("ifGenerationMatch")
         with self.server.lock:
-            if match == "0" and key in self.server.objects:
+            if self.server.conflicts:
+                self.server.conflicts -= 1
+                status = 409
+            elif match == "0" and key in self.server.objects:
                 status = 412
             else:
                 status = 200

@@ -241,7 +241,8 @@ class Front:
 
     def upload(self, call: _Call) -> Answer:
         """FAKE: whether the object is the one, or none, that the writer says it replaces."""
-        name, _ = uploaded(call.headers["Content-Type"], call.sent)
+        # Of a media upload, the query says what it writes; of a multipart one, its first part.
+        name = call.query.get("name") or uploaded(call.headers["Content-Type"], call.sent)[0]
         self.before_write(name)
         with self.lock:
             match = call.query.get("ifGenerationMatch")
@@ -323,8 +324,8 @@ class _Call(Api):
 
 
 @contextmanager
-def run_emulators(folder: Path) -> Iterator[Emulators]:
-    """Start both, and stop them at the end."""
+def run_emulators(folder: Path, *, bigquery: bool = True) -> Iterator[Emulators]:
+    """Start both, or Cloud Storage alone, and stop them at the end."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     # The extension of DuckDB is in the virtualenv's folder.
@@ -333,7 +334,7 @@ def run_emulators(folder: Path) -> Iterator[Emulators]:
     with (
         log.open("wb") as errors,
         subprocess.Popen(
-            [INSTALLED / "bin" / "python", SERVERS, folder, BUCKET, str(SHARD)],
+            [INSTALLED / "bin" / "python", SERVERS, folder, BUCKET, *([str(SHARD)] * bigquery)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -17,19 +17,31 @@ import { fileURLToPath } from "node:url";
 
 const CLAIMED_BY_ANOTHER = 94;
 const MAX_OUTPUT_BYTES = 4096;
+const MAX_STORED_OUTPUT_BYTES = 16 << 20;
+const MAX_ERROR_LENGTH = 1000;
+const MAX_RECEIPT_BYTES = 16 << 20;
 const PROGRESS_MS = 5000;
 const env = process.env;
 
 const shown = (uri) => uri.split("?")[0]; // a signed URL is a secret
 
-export const taskIndex = () =>
-  Number(
-    env.DISPATCH_TASK_INDEX ??
-      env.CLOUD_RUN_TASK_INDEX ??
-      env.AWS_BATCH_JOB_ARRAY_INDEX ??
-      env.JOB_COMPLETION_INDEX ??
-      0,
-  );
+// The bytes of a value in the receipt. The dispatcher spells 1e-7 as 1e-07.
+const size = (value) => Buffer.byteLength(JSON.stringify(value).replace(/e-(\d)(?!\d)/g, "e-0$1"));
+
+/** Which task of its execution this is, from 0; a variable that is empty says nothing. */
+export function taskIndex() {
+  for (const name of [
+    "DISPATCH_TASK_INDEX",
+    "CLOUD_RUN_TASK_INDEX",
+    "AWS_BATCH_JOB_ARRAY_INDEX",
+    "JOB_COMPLETION_INDEX",
+  ]) {
+    if (!env[name]) continue;
+    if (/^[0-9]{1,9}$/.test(env[name])) return Number(env[name]);
+    throw new Error(`${name} is ${JSON.stringify(env[name])}, and must be a number`);
+  }
+  return 0;
+}
 
 async function googleToken() {
   const host = env.GCE_METADATA_HOST || "metadata.google.internal";
@@ -55,6 +67,7 @@ async function send(method, uri, body, onlyNew) {
         url = `${base}/storage/v1/b/${bucket}/o/${name}?alt=media`;
         if (method === "PUT") {
           verb = "POST";
+          headers["Content-Type"] = "application/octet-stream";
           url = `${base}/upload/storage/v1/b/${bucket}/o?uploadType=media&name=${name}`;
           if (onlyNew) url += "&ifGenerationMatch=0";
         }
@@ -111,6 +124,7 @@ async function claim() {
   const own = env.CLOUD_RUN_EXECUTION || env.AWS_BATCH_JOB_ID?.split(":")[0] || hostname();
   if (await write(uri, own, true)) return;
   const other = (await read(uri))?.trim();
+  if (other === undefined) throw new Error(`the claim ${uri} was there and is not`);
   if (other === own) return;
   console.error(`${uri} belongs to execution ${other}, and this is ${own}: nothing is done here`);
   process.exit(CLAIMED_BY_ANOTHER);
@@ -132,7 +146,7 @@ export async function run(work) {
   await claim();
   const line = await input();
   const done = [];
-  let uri = line.result_uri ?? env.DISPATCH_RESULT_URI;
+  let uri = line.result_uri || env.DISPATCH_RESULT_URI;
   if (uri?.endsWith("/")) uri += `${taskIndex()}.json`;
   const mayReplace = uri && !/^https?:/.test(uri);
   const stem = uri?.replace(/\.json$/, "");
@@ -143,13 +157,53 @@ export async function run(work) {
       key: env.DISPATCH_KEY ?? null,
       task: taskIndex(),
       chunk: line.chunk ?? (env.DISPATCH_CHUNK ? Number(env.DISPATCH_CHUNK) : null),
-      attempt: line.attempt ?? Number(env.DISPATCH_ATTEMPT ?? 1),
+      attempt: line.attempt ?? Number(env.DISPATCH_ATTEMPT || 1),
       complete,
       items: done,
       written_at: new Date().toISOString(),
     });
-  const keep = async () => {
-    if (mayReplace) await write(`${stem}.progress.json`, receipt(false), false);
+  // What is written last must be what was made last; but after a SIGTERM there are seconds only.
+  let writing = Promise.resolve();
+  const replace = () => mayReplace && write(`${stem}.progress.json`, receipt(false), false);
+  const keep = () => {
+    const patience = new Promise((end) => setTimeout(end, 3000).unref());
+    writing = Promise.race([writing.catch(() => {}), patience]).then(replace);
+    return writing;
+  };
+
+  // Each item has the same room, so that the receipt tells of every one. What does not fit goes
+  // beside it, or is cut.
+  const count = line.items.length;
+  const room = Math.floor((MAX_RECEIPT_BYTES - Buffer.byteLength(receipt(false))) / count) - 1;
+  if (uri && count && room < size({ i: count - 1, ok: false })) {
+    throw new Error(`no receipt can tell of ${count} items: make the job's chunks smaller`);
+  }
+  const succeeded = async (i, output) => {
+    const text = JSON.stringify(output);
+    if (text === undefined || text === "null") return { i, ok: true };
+    const whole = { i, ok: true, output: JSON.parse(text) };
+    if (!uri || (size(whole.output) <= MAX_OUTPUT_BYTES && size(whole) <= room)) return whole;
+    const entry = { i, ok: true, output_uri: `${stem}.output.${i}.json` };
+    if (!mayReplace || Buffer.byteLength(text) > MAX_STORED_OUTPUT_BYTES || size(entry) > room) {
+      throw new Error(`the output has ${Buffer.byteLength(text)} bytes, for which there is no room`);
+    }
+    await write(entry.output_uri, text, false);
+    return entry;
+  };
+  const failed = (i, thrown) => {
+    let words;
+    try {
+      words = String(thrown);
+    } catch {
+      words = "it threw what is no text";
+    }
+    const letters = Array.from(words.slice(0, 2 * MAX_ERROR_LENGTH + 2)); // none of them in halves
+    for (let most = MAX_ERROR_LENGTH; most > 0; most = Math.floor(most * 0.9)) {
+      const cut = letters.length > most ? [...letters.slice(0, most - 1), "…"] : letters;
+      const entry = { i, ok: false, error: cut.join("") };
+      if (!uri || size(entry) <= room) return entry;
+    }
+    return { i, ok: false };
   };
 
   process.once("SIGTERM", async () => {
@@ -164,27 +218,18 @@ export async function run(work) {
   try {
     for (const [i, item] of line.items.entries()) {
       try {
-        const output = await work(item, i);
-        const text = JSON.stringify(output);
-        if (text === undefined || text === "null") {
-          done.push({ i, ok: true });
-        } else if (Buffer.byteLength(text) <= MAX_OUTPUT_BYTES) {
-          done.push({ i, ok: true, output: JSON.parse(text) });
-        } else if (mayReplace) {
-          await write(`${stem}.output.${i}.json`, text, false);
-          done.push({ i, ok: true, output_uri: `${stem}.output.${i}.json` });
-        } else {
-          throw new Error(`the output has more than ${MAX_OUTPUT_BYTES} bytes`);
-        }
+        done.push(await succeeded(i, await work(item, i)));
       } catch (error) {
-        const words = String(error).slice(0, 1000);
-        done.push({ i, ok: false, error: words.toWellFormed?.() ?? words });
+        done.push(failed(i, error));
       }
     }
     clearInterval(timer);
     if (uri && !(await write(uri, receipt(true), true))) {
       console.error(`there is a receipt at ${shown(uri)} already; it stands`);
     }
+  } catch (error) {
+    await keep().catch((e) => console.error(e.message));
+    throw error;
   } finally {
     clearInterval(timer);
   }

@@ -14,13 +14,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from buckets import serve_gcs, serve_s3
+from google_emulators import INSTALLED, run_emulators, serve_front
 
 from dispatcher import container
+from dispatcher.receipts import Expected, read_receipt
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "container"
@@ -33,6 +36,7 @@ DOCUMENT = (
 )
 
 node = pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js here")
+jq = pytest.mark.skipif(shutil.which("jq") is None, reason="there is no jq here")
 curl = pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
 
 
@@ -68,10 +72,8 @@ class Container:
         self.started.append(process)
         return process
 
-    def python(self, program: str) -> subprocess.Popen[str]:
-        return self.start(
-            sys.executable, "-I", "-c", f"import sys\nsys.path.insert(0, '')\n{program}"
-        )
+    def python(self, program: str, interpreter: str = sys.executable) -> subprocess.Popen[str]:
+        return self.start(interpreter, "-I", "-c", f"import sys\nsys.path.insert(0, '')\n{program}")
 
     def wrapper(self, *words: str) -> subprocess.Popen[str]:
         return self.start(sys.executable, "container.py", "exec", *words)
@@ -84,6 +86,21 @@ class Container:
             f'import {{ run }} from "./receipt.mjs";\nawait run({work});\n'
         )
         return self.start("node", "main.mjs")
+
+    def speaking(self, language: str) -> subprocess.Popen[str]:
+        """Start a program that does nothing and succeeds with every item."""
+        if language == "node":
+            return self.node("() => null")
+        if language == "shell":
+            return self.shell("dispatch_each true")
+        return self.wrapper("--each", "true")
+
+    def bound_node(self, most: int) -> None:
+        """Let a receipt by Node.js have fewer bytes."""
+        path = self.path / "image" / "receipt.mjs"
+        bound, text = "MAX_RECEIPT_BYTES = 16 << 20;", path.read_text()
+        assert bound in text
+        path.write_text(text.replace(bound, f"MAX_RECEIPT_BYTES = {most};"))
 
     def receipt(self, name: str = "1.json") -> dict[str, Any] | None:
         try:
@@ -186,6 +203,50 @@ class TestAProgram:
         process.send_signal(signal.SIGTERM)
         assert ended(process) == (143, "cleaned up\n", "")
         assert [entry["i"] for entry in box.kept() or []] == [0, 1]
+
+    @pytest.mark.parametrize(
+        "program",
+        [
+            "with container.run() as task:\n    for i in task.items: task.report(i, True)",
+            "for i in container.items(): container.report(i, True)",
+        ],
+        ids=["with a block", "without a block"],
+    )
+    def test_that_is_told_to_stop_while_it_writes_its_receipt_leaves_what_it_did(
+        self, program: str, box: Container
+    ) -> None:
+        with serve_gcs() as gcs:
+            gcs.unavailable = "results/k1/1.json"
+            box.env["STORAGE_EMULATOR_HOST"] = gcs.url
+            box.env["DISPATCH_RESULT_URI"] = "gs://bucket/results/k1/"
+            process = box.python(f"import container\ncontainer.PAUSES = (60,)\n{program}")
+            until(lambda: any("results%2Fk1%2F1.json" in path for _, path, _ in gcs.seen))
+            process.send_signal(signal.SIGTERM)
+            assert ended(process) == (143, "", "")
+            found = json.loads(gcs.objects["results/k1/1.progress.json"])
+            assert (found["complete"], len(found["items"])) == (False, 3)
+
+    @pytest.mark.parametrize("signed", [False, True])
+    def test_told_to_stop_while_it_writes_its_receipt_a_wrapper_writes_what_it_can(
+        self, signed: bool, box: Container
+    ) -> None:
+        with serve_gcs() as gcs:
+            gcs.unavailable = "results/k1/1.json"
+            box.env["STORAGE_EMULATOR_HOST"] = gcs.url
+            box.env["DISPATCH_RESULT_URI"] = (
+                f"{gcs.url}/bucket/results/k1/" if signed else "gs://bucket/results/k1/"
+            )
+            process = box.wrapper("--each", "true")
+            until(
+                lambda: any("k1%2F1.json" in path or "k1/1.json" in path for _, path, _ in gcs.seen)
+            )
+            process.send_signal(signal.SIGTERM)
+            if not signed:
+                until(lambda: b'"i":2' in gcs.objects.get("results/k1/1.progress.json", b""))
+            gcs.unavailable = ""
+            # It had done all that it was to do.
+            assert ended(process) == (0, "", "")
+            assert json.loads(gcs.objects["results/k1/1.json"])["complete"]
 
     def test_whose_claim_is_lost_does_nothing(self, box: Container) -> None:
         box.env["DISPATCH_CLAIM_URI"] = (box.path / "claims" / "k1").as_uri()
@@ -359,7 +420,119 @@ class TestTheWrapper:
         assert box.receipt() is None
 
 
+@pytest.mark.skipif(
+    not (INSTALLED / "installed.lock").exists(),
+    reason="no emulator of Cloud Storage here: run scripts/google-emulators.sh",
+)
+def test_a_storage_that_others_wrote_takes_claim_progress_and_receipt_of_each_language(
+    box: Container,
+) -> None:
+    with (
+        run_emulators(box.path / "emulators", bigquery=False) as emulators,
+        serve_front(emulators) as (front, url),
+    ):
+        box.env["STORAGE_EMULATOR_HOST"] = url
+        box.env["DISPATCH_INPUT_URI"] = "gs://bucket/in/a b"
+        emulators.upload("in/a b", DOCUMENT.encode())
+        for language in ("node", "python") if shutil.which("node") else ("python",):
+            box.env["DISPATCH_RESULT_URI"] = f"gs://bucket/results/é {language}/"
+            box.env["DISPATCH_CLAIM_URI"] = f"gs://bucket/claims/{language}"
+            box.env["CLOUD_RUN_EXECUTION"] = "job-abc"
+            if language == "python":
+                work = WORK.format("pass").replace("output=item", "output=item * 2000")
+                process = box.python(work)
+            else:
+                process = box.node("(item) => item.repeat(2000)")
+            assert ended(process) == (0, "", "")
+            names = emulators.names(f"results/é {language}/")
+            assert {"1.json", "1.output.1.json"} <= set(names)
+            told = emulators.content(f"results/é {language}/1.json")
+            items = read_receipt(told, Expected("k1", 1, 3, 3)).items
+            assert items[1].output_uri == f"{box.env['DISPATCH_RESULT_URI']}1.output.1.json"
+            stored_output = emulators.content(f"results/é {language}/1.output.1.json")
+            assert json.loads(stored_output) == "d d" * 2000
+            box.env["CLOUD_RUN_EXECUTION"] = "job-double"
+            assert ended(box.speaking(language))[0] == 94
+            assert emulators.content(f"claims/{language}") == b"job-abc"
+        box.env["CLOUD_RUN_EXECUTION"] = "job-abc"
+        assert "already; it stands" in ended(box.speaking("python"))[2]
+        told = emulators.content("results/é python/1.progress.json")
+        assert json.loads(told)["complete"] is False
+        assert {status for status, _ in front.refused} == {412}
+
+
+class TestTheOldestPython:
+    """The helper in an image that is not renewed: of 3.8 and newer, the oldest that is here."""
+
+    @pytest.fixture
+    def old(self) -> str:
+        found = oldest_python()
+        if found is None:
+            pytest.skip("there is no Python 3.8, 3.9 or 3.10 here, neither in PATH nor of pyenv")
+        return found
+
+    def test_a_program_claims_and_leaves_its_receipt(self, old: str, box: Container) -> None:
+        with serve_gcs() as gcs:
+            gcs.objects["in"] = DOCUMENT.encode()
+            box.env["STORAGE_EMULATOR_HOST"] = gcs.url
+            box.env["DISPATCH_INPUT_URI"] = "gs://bucket/in"
+            box.env["DISPATCH_RESULT_URI"] = "gs://bucket/results/k1/"
+            box.env["DISPATCH_CLAIM_URI"] = "gs://bucket/claims/k1"
+            program = WORK.format("task.report_at(1, ok=True, output='x' * 5000)")
+            assert ended(box.python(program, old)) == (0, "", "")
+            found = read_receipt(gcs.objects["results/k1/1.json"], Expected("k1", 1, 3, 3))
+            assert [item.error for item in found.items] == ["bad", None, None]
+            assert found.items[1].output_uri == "gs://bucket/results/k1/1.output.1.json"
+            box.env["CLOUD_RUN_EXECUTION"] = "job-double"
+            assert ended(box.python(WORK.format("pass"), old))[0] == 94
+
+    def test_a_program_that_fails_or_is_told_to_stop_leaves_what_it_did(
+        self, old: str, box: Container
+    ) -> None:
+        assert ended(box.python(WORK.format("raise OSError('no')"), old))[0] == 1
+        assert [entry["i"] for entry in box.kept() or []] == [0, 1]
+        process = box.python(WORK.format("print('there', flush=True); time.sleep(60)"), old)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process) == (143, "", "")
+
+    def test_the_wrapper_runs_one_process_an_item(self, old: str, box: Container) -> None:
+        process = box.start(old, "container.py", "exec", "--each", "sh", "-c", '[ "$ITEM" != c ]')
+        assert ended(process) == (1, "", "")
+        found = box.receipt()
+        assert found is not None
+        assert [entry["ok"] for entry in found["items"]] == [False, True, True]
+        (box.path / "input.jsonl").write_text("{}\n{}\n")
+        assert ended(box.start(old, "container.py", "exec", "true"))[0] == 65
+
+
+@cache
+def oldest_python() -> str | None:
+    """Find the oldest interpreter that the helper must do with and the other tests do not use."""
+    for version in ("3.8", "3.9", "3.10"):
+        of_pyenv = Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")
+        for candidate in (*sorted(of_pyenv), shutil.which(f"python{version}")):
+            # pyenv puts a program of that name into PATH also where it is switched off.
+            code = "import sys; print(sys.executable)"
+            command = [candidate or "false", "-I", "-c", code]
+            told = subprocess.run(command, capture_output=True, text=True, check=False)
+            if told.returncode == 0:
+                return told.stdout.strip()
+    return None
+
+
+SHOW = 'sh -c \'printf "<%s>" "$ITEM"\''
 JAVASCRIPT = "async (item) => { if (item === 'c') throw new Error('bad'); return item; }"
+
+
+def without_jq(path: Path) -> str:
+    """Make a PATH with what receipt.sh needs, and no more."""
+    path.mkdir()
+    names = "cat cp date dirname ln mkdir mktemp mv paste printf rm sed sh tr uname"
+    for name in names.split():
+        (path / name).symlink_to(str(shutil.which(name)))
+    return str(path)
 
 
 class TestOtherLanguages:
@@ -395,6 +568,63 @@ class TestOtherLanguages:
         process.send_signal(signal.SIGTERM)
         assert ended(process)[0] == 143
         assert box.kept() == [{"i": 0, "ok": True}]
+
+    @node
+    @pytest.mark.parametrize(
+        "text", ["e", "障", "😀", "\\u0001"], ids=["e", "cjk", "emoji", "control"]
+    )
+    @pytest.mark.parametrize("count", [1, 9, 100])
+    def test_nodes_receipt_tells_of_every_item_in_the_bytes_that_it_may_have(
+        self, count: int, text: str, box: Container
+    ) -> None:
+        box.bound_node(9000)
+        box.env["DISPATCH_ITEMS"] = json.dumps(list(range(count)))
+        work = f"""(item) => {{
+            if (item % 3 === 1) throw '{text}'.repeat(5000);
+            if (item % 3 === 2) return '{text}'.repeat(500);
+        }}"""
+        assert ended(box.node(work)) == (int(count > 1), "", "")
+        data = (box.path / "results" / "k1" / "1.json").read_bytes()
+        assert len(data) <= 9000
+        read = read_receipt(data, Expected("k1", 1, 1, count))
+        assert read.complete
+        assert len(read.items) == count
+        if count == 9:
+            errors = [item.error or "" for item in read.failed]
+            assert all(error.endswith("…") and len(error) > 100 for error in errors[:3])
+
+    @node
+    def test_node_puts_beside_the_receipt_what_the_dispatcher_would_spell_too_long(
+        self, box: Container
+    ) -> None:
+        box.env["DISPATCH_ITEMS"] = '["a"]'
+        assert ended(box.node("() => Array(700).fill(1e-7)")) == (0, "", "")
+        data = (box.path / "results" / "k1" / "1.json").read_bytes()
+        (item,) = read_receipt(data, Expected("k1", 1, 1, 1)).items
+        assert item.output_uri == f"{box.env['DISPATCH_RESULT_URI']}1.output.0.json"
+        assert json.loads((box.path / "results" / "k1" / "1.output.0.json").read_text())
+
+    @node
+    def test_node_refuses_more_items_than_a_receipt_can_tell_of(self, box: Container) -> None:
+        box.bound_node(1000)
+        box.env["DISPATCH_ITEMS"] = json.dumps(list(range(100)))
+        code, out, err = ended(box.node("() => console.log('begun')"))
+        assert (code, out) == (1, "")
+        assert "no receipt can tell of 100 items: make the job's chunks smaller" in err
+
+    @node
+    def test_node_keeps_what_it_did_where_its_receipt_cannot_be_written(
+        self, box: Container
+    ) -> None:
+        with serve_gcs() as gcs:
+            gcs.refused = "results/k1/1.json"
+            box.env["STORAGE_EMULATOR_HOST"] = gcs.url
+            box.env["DISPATCH_RESULT_URI"] = "gs://bucket/results/k1/"
+            code, _, err = ended(box.node(JAVASCRIPT))
+            assert code == 1
+            assert "cannot PUT gs://bucket/results/k1/1.json: 403" in err
+            found = json.loads(gcs.objects["results/k1/1.progress.json"])
+            assert (found["complete"], len(found["items"])) == (False, 3)
 
     @node
     def test_node_claims_and_writes_at_google(self, box: Container) -> None:
@@ -435,28 +665,135 @@ class TestOtherLanguages:
         assert box.files() == ["1.json"]
 
     def test_a_shell_needs_no_jq_for_plain_items(self, box: Container) -> None:
-        programs = box.path / "programs"
-        programs.mkdir()
-        for name in (
-            "sh",
-            "sed",
-            "tr",
-            "mktemp",
-            "cat",
-            "cp",
-            "ln",
-            "mv",
-            "rm",
-            "mkdir",
-            "dirname",
-        ):
-            (programs / name).symlink_to(str(shutil.which(name)))
-        for name in ("date", "paste"):
-            (programs / name).symlink_to(str(shutil.which(name)))
-        box.env["PATH"] = str(programs)
-        assert ended(box.shell("dispatch_each sh -c 'echo \"$ITEM\"'")) == (0, "c\nd d\ne\n", "")
-        box.env["DISPATCH_ITEMS"] = '[1,\n"b"]'
-        assert ended(box.shell("dispatch_each sh -c 'echo \"$ITEM\"'"))[1] == "1\nb\n"
+        box.env["PATH"] = without_jq(box.path / "programs")
+        assert ended(box.shell(f"dispatch_each {SHOW}")) == (0, "<c><d d><e>", "")
+        found = box.receipt()
+        assert found is not None
+        assert (found["chunk"], found["attempt"]) == (40, 3)
+        box.env["DISPATCH_ITEMS"] = '[1,\n"b", "", " [c", -2.5e3]'
+        assert ended(box.shell(f"dispatch_each {SHOW}"))[1] == "<1><b><>< [c><-2.5e3>"
+        box.env["DISPATCH_ITEMS"] = " [ ] "
+        assert ended(box.shell(f"dispatch_each {SHOW}"))[:2] == (0, "")
+
+    @pytest.mark.parametrize(
+        "items",
+        [
+            '[{"a":1,"b":2}]',
+            "[1,[2,3]]",
+            '["a,b"]',
+            r'["a\"b"]',
+            r'["a\nb"]',
+            '["a]b"]',
+            "[true]",
+            '{"env":{"items":[1]}}',
+            '{"items":[1],"result_uri":"https://h/x"}',
+            "7",
+        ],
+    )
+    def test_a_shell_without_jq_refuses_what_it_would_take_for_something_else(
+        self, items: str, box: Container
+    ) -> None:
+        box.env["PATH"] = without_jq(box.path / "programs")
+        box.env["DISPATCH_ITEMS"] = items
+        code, out, err = ended(box.shell(f"dispatch_each {SHOW}"))
+        assert (code, out) == (65, "")
+        assert err == "receipt.sh: the items cannot be read, or not without jq\n"
+        assert box.files() == []
+
+    @jq
+    def test_a_shell_with_jq_takes_any_items(self, box: Container) -> None:
+        items = ["a\nb\n", "c", {"a": "\0", "b": [2]}, "\\u0000", "\0", 'é"\\', "", None, 2**53 - 1]
+        document = json.dumps(items, indent=1)
+        assert document.count("\n") > 9
+        (box.path / "input.jsonl").write_text(document)
+        code, out, _ = ended(box.shell(f"dispatch_each {SHOW}"))
+        told = r'<{"a":"\u0000","b":[2]}>'
+        assert (code, out) == (1, f'<a\nb\n><c>{told}<\\u0000><é"\\><><null><9007199254740991>')
+        found = box.receipt()
+        assert found is not None
+        assert [entry["ok"] for entry in found["items"]] == [n != 4 for n in range(9)]
+        assert found["items"][4]["error"] == "the item holds a NUL: no program can be given it"
+
+    @jq
+    @pytest.mark.parametrize(
+        "items", ["7", '{"items":{"a":1}}', "[1", '[1,{"a":9007199254740993}]']
+    )
+    def test_a_shell_with_jq_refuses_what_are_no_items(self, items: str, box: Container) -> None:
+        box.env["DISPATCH_ITEMS"] = items
+        code, out, err = ended(box.shell(f"dispatch_each {SHOW}"))
+        assert (code, out) == (65, "")
+        assert "the items cannot be read" in err
+
+    def test_a_shell_claims_before_it_begins(self, box: Container) -> None:
+        box.env["DISPATCH_CLAIM_URI"] = (box.path / "claims" / "k1").as_uri()
+        for _ in range(2):  # all tasks of one execution go on
+            assert ended(box.shell(f"dispatch_each {SHOW}"))[:2] == (0, "<c><d d><e>")
+        assert (box.path / "claims" / "k1").read_text() == "job-abc"
+        box.env["CLOUD_RUN_EXECUTION"] = "job-double"
+        code, out, err = ended(box.shell(f"dispatch_each {SHOW}"))
+        assert (code, out) == (94, "")
+        assert "belongs to execution job-abc, and this is job-double: nothing is done here" in err
+        assert [path.name for path in (box.path / "claims").iterdir()] == ["k1"]
+
+    @pytest.mark.parametrize("language", [pytest.param("node", marks=node), "shell", "python"])
+    def test_every_language_takes_the_items_of_its_own_task_and_no_others(
+        self, language: str, box: Container
+    ) -> None:
+        box.env["DISPATCH_TASK_INDEX"] = ""  # says nothing
+        assert ended(box.speaking(language))[0] == 0
+        found = box.receipt()
+        assert found is not None
+        assert (found["task"], found["chunk"]) == (1, 40)
+        box.env["DISPATCH_TASK_INDEX"] = "-1"
+        code, _, err = ended(box.speaking(language))
+        assert code == (1 if language == "node" else 65)
+        assert "-1" in err
+        assert "must be a number" in err
+
+    @pytest.mark.parametrize(
+        ("given", "own"),
+        [({"AWS_BATCH_JOB_ID": "12-34:7", "CLOUD_RUN_EXECUTION": ""}, "12-34"), ({}, None)],
+    )
+    @pytest.mark.parametrize("language", [pytest.param("node", marks=node), "shell", "python"])
+    def test_every_language_claims_in_the_same_name(
+        self, language: str, given: dict[str, str], own: str | None, box: Container
+    ) -> None:
+        del box.env["CLOUD_RUN_EXECUTION"]
+        box.env.update(given, DISPATCH_CLAIM_URI=(box.path / "k1").as_uri())
+        assert ended(box.speaking(language))[0] == 0
+        assert (box.path / "k1").read_text() == (own or os.uname().nodename)
+
+    @pytest.mark.parametrize("name", ["DISPATCH_CLAIM_URI", "DISPATCH_RESULT_URI"])
+    @pytest.mark.parametrize("uri", ["gs://bucket/k1", "file:///a%20b", "file://host/a"])
+    def test_a_shell_begins_nothing_that_it_could_not_claim_or_tell_of(
+        self, name: str, uri: str, box: Container
+    ) -> None:
+        box.env[name] = uri
+        code, out, err = ended(box.shell(f"dispatch_each {SHOW}"))
+        assert (code, out) == (65, "")
+        assert uri in err
+
+    def test_a_shell_begins_nothing_where_the_claim_cannot_be_written(self, box: Container) -> None:
+        (box.path / "claims").touch()
+        box.env["DISPATCH_CLAIM_URI"] = (box.path / "claims" / "k1").as_uri()
+        assert ended(box.shell(f"dispatch_each {SHOW}"))[:2] == (75, "")
+        box.env["DISPATCH_CLAIM_URI"] = "https://h/k1?secret"
+        code, out, err = ended(box.shell(f"dispatch_each {SHOW}"))
+        assert (code, out) == (65, "")
+        assert err == "receipt.sh: cannot claim https://h/k1: only files; use container.py\n"
+
+    @pytest.mark.parametrize(
+        "language", [pytest.param("node", marks=node), pytest.param("shell", marks=curl), "python"]
+    )
+    def test_every_language_writes_again_what_met_another_write(
+        self, language: str, box: Container
+    ) -> None:
+        with serve_gcs() as gcs:
+            gcs.conflicts = 1
+            box.env["DISPATCH_RESULT_URI"] = f"{gcs.url}/bucket/out"
+            assert ended(box.speaking(language)) == (0, "", "")
+            assert json.loads(gcs.objects["out"])["complete"]
+            assert [path for _, path, _ in gcs.seen] == ["/bucket/out"] * 2
 
     def test_a_shell_keeps_what_it_did_when_it_is_told_to_stop(self, box: Container) -> None:
         process = box.shell(
@@ -481,12 +818,7 @@ class TestOtherLanguages:
             address = {"Bucket": "bucket", "Key": "out"}
             box.env["DISPATCH_RESULT_URI"] = s3.generate_presigned_url("put_object", address)
             for _ in range(2):
-                process = {
-                    "node": lambda: box.node("() => null"),
-                    "shell": lambda: box.shell("dispatch_each true"),
-                    "python": lambda: box.wrapper("--each", "true"),
-                }[language]()
-                code, _, err = ended(process)
+                code, _, err = ended(box.speaking(language))
                 assert code == 0
             assert "already; it stands" in err
             found = json.loads(s3.get_object(**address)["Body"].read())

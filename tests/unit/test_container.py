@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -289,34 +290,117 @@ class TestReceipt:
             one.report_at(0, ok=True, output=1, output_uri="s3://b/c")
         assert one.unreported == 2
 
-    def test_errors_and_outputs_are_bounded_together(
+    def test_outputs_and_errors_beyond_its_room_go_beside_it_or_are_cut(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(container, "INLINE_BYTES", 3000)
+        monkeypatch.setattr(container, "MAX_RECEIPT_BYTES", 4000)
         one = task(list(range(10)), DISPATCH_RESULT_URI=f"{tmp_path.as_uri()}/")
         for position in range(5):
-            one.report_at(position, ok=False, error="é" * 5000)
+            one.report_at(position, ok=False, error="e" * 5000)
         for position in range(5, 10):
             one.report_at(position, ok=True, output="x" * 1000)
-        entries = one._results.values()
-        assert [len(entry.get("error", "")) for entry in entries][:5] == [
-            1000,
-            1000,
-            1000,
-            100,
-            100,
-        ]
-        assert all("output_uri" in entry for entry in list(entries)[5:])
+        entries = list(one._results.values())
+        lengths = [len(entry.get("error", "")) for entry in entries[:5]]
+        assert lengths[0] == 1000
+        assert 100 < lengths[4] < 1000
+        assert all(entry["error"].endswith("e…") for entry in entries[:5])
+        assert all("output_uri" in entry for entry in entries[5:])
+        # What is said anew takes the place of what was said before.
+        for _ in range(50):
+            one.report_at(0, ok=False, error="e" * 5000)
+        one.report_at(0, ok=True)
+        one.report_at(4, ok=False, error="e" * 5000)
+        assert len(one._results[4]["error"]) > lengths[4]
+        one.close()
+        assert (tmp_path / "0.json").stat().st_size <= 4000
 
-    def test_one_that_would_be_too_large_is_an_error(
+    @pytest.mark.parametrize("count", [1, 9, 100, None], ids=str)
+    @pytest.mark.parametrize("text", ["e", "é", "障", "😀", "\1", '"', "a\n障\x7f😀"], ids=ascii)
+    def test_it_never_has_more_bytes_than_the_dispatcher_reads(
+        self, text: str, count: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(container, "MAX_RECEIPT_BYTES", 20_000)
+        uri = f"{tmp_path.as_uri()}/"
+        if count is None:  # as many as can be told of
+            count = task([0] * 700, DISPATCH_RESULT_URI=uri)._room.most_items
+            assert count > 600
+        one = task([0] * count, DISPATCH_RESULT_URI=uri, DISPATCH_KEY="k", DISPATCH_CHUNK="7")
+        one.progress(2**70, 2**70)
+        output = text * (4000 // len(container._json(text).encode()))
+        for position in range(count):
+            failed = position % 3 > 0
+            with suppress(ValueError):  # no room for where its output lies
+                one.report_at(
+                    position,
+                    ok=not failed,
+                    error=text * 1000 if failed else None,
+                    output=output if position % 2 else None,
+                )
+            if position not in one._results:
+                one.report_at(position, ok=not failed, error=text * 1000 if failed else None)
+        one.flush()
+        one.close()
+        progress, whole = (
+            (tmp_path / f"0.{name}").read_bytes() for name in ("progress.json", "json")
+        )
+        assert max(len(progress), len(whole)) <= 20_000
+        told = json.loads(whole)["items"]
+        assert [entry["ok"] for entry in told] == [n % 3 == 0 for n in range(count)]
+        assert json.loads(progress)["items"] == told
+        assert all(len(entry.get("error", "")) <= 1000 for entry in told)
+
+    def test_it_tells_of_thousands_of_failures_in_any_script(self, tmp_path: Path) -> None:
+        one = task([0] * 9000, DISPATCH_RESULT_URI=f"{tmp_path.as_uri()}/")
+        for position in range(9000):
+            one.report_at(position, ok=False, error="障" * 1000)
+        one.close()
+        data = (tmp_path / "0.json").read_bytes()
+        assert 12 << 20 < len(data) <= container.MAX_RECEIPT_BYTES
+        lengths = [len(entry["error"]) for entry in json.loads(data)["items"]]
+        assert (max(lengths), min(lengths) > 250) == (1000, True)
+
+    def test_where_every_output_lies_has_its_place_in_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(container, "MAX_RECEIPT_BYTES", 200)
-        one = task(list(range(10)), DISPATCH_RESULT_URI=f"{tmp_path.as_uri()}/")
-        for position in range(10):
-            one.report_at(position, ok=True)
-        with pytest.raises(StorageError, match="make the job's chunks smaller"):
-            one.close()
+        prefix = f"{tmp_path.as_uri()}/"
+        entry = {"i": 99, "ok": False, "output_uri": f"{prefix}0.output.99.json"}
+        most = 300 + 100 * len(container._json(entry) + ",")
+        monkeypatch.setattr(container, "MAX_RECEIPT_BYTES", most)
+        one = task([0] * 100, DISPATCH_RESULT_URI=prefix)
+        for position in range(100):
+            one.report_at(position, ok=True, output="x" * 500)
+        one.close()
+        data = (tmp_path / "0.json").read_bytes()
+        assert len(data) <= most
+        assert all("output_uri" in entry for entry in json.loads(data)["items"])
+        for longer in ("gs://b/" + "x" * 500, "gs://b/" + "x" * 9000, "gs://b/\ud800", "gs://b/\0"):
+            with pytest.raises(ValueError, match="output_uri of item 5"):
+                one.report_at(5, ok=True, output_uri=longer)
+
+    def test_more_items_than_one_can_tell_of_are_refused_before_the_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(container, "MAX_RECEIPT_BYTES", 500)
+        monkeypatch.setattr(container._Process, "task", None)
+        monkeypatch.setattr(container._Process, "leaves_by_exit", False)
+        monkeypatch.setenv("DISPATCH_ITEMS", json.dumps(list(range(100))))
+        told = (
+            r"this task has 100 items, and a receipt of 500 bytes tells of 1\d: make the job's "
+            "chunks smaller"
+        )
+        monkeypatch.setenv("DISPATCH_RESULT_URI", f"{tmp_path.as_uri()}/")
+        with pytest.raises(InputError, match=told), container.run():
+            pytest.fail("it began")
+        with pytest.raises(InputError, match=told):
+            container.report_at(0, ok=True)
+        with pytest.raises(InputError, match=told):
+            container._this_task().flush()
+        assert container.main(["exec", "--each", "true"]) == 65
+        # Where nobody asks for a receipt, they are no reason not to work.
+        one = task(list(range(100)))
+        one.report_at(99, ok=True, output_uri="gs://b/" + "x" * 900)
+        one.report_at(98, ok=False, error="x" * 900)
+        assert not one.close()
 
     def test_failures_that_nobody_would_hear_of_must_show_in_the_exit_code(self) -> None:
         one = task([1])
@@ -358,6 +442,55 @@ class TestReceipt:
         one.close()
         assert capsys.readouterr().err.count("progress cannot be written: cannot write gs://") == 1
         assert "0.json" in gcs.objects
+
+    def test_where_it_cannot_be_written_what_is_done_is(
+        self, gcs: FakeGcs, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        gcs.unavailable = "0.json"
+        one = task([1, 2], DISPATCH_RESULT_URI="gs://bucket/")
+        one.flush()
+        one.report(1, ok=True)
+        one.report(2, ok=False, error="bad")
+        with pytest.raises(StorageError, match=r"cannot write gs://bucket/0\.json: 503"):
+            one.close()
+        found = json.loads(gcs.objects["0.progress.json"])
+        assert (found["complete"], [entry["i"] for entry in found["items"]]) == (False, [0, 1])
+        # It may be tried again.
+        gcs.unavailable = ""
+        one.close()
+        assert json.loads(gcs.objects["0.json"])["complete"]
+        assert capsys.readouterr().err == ""
+
+    def test_of_two_writes_of_what_is_done_the_later_one_tells_more(self, tmp_path: Path) -> None:
+        one = task([1, 2], DISPATCH_RESULT_URI=f"{tmp_path.as_uri()}/")
+        one._stop.set()  # no writer of its own: the test says who writes when
+        one.report(1, ok=True)
+        arrived = threading.Event()
+
+        class Lock:
+            """The one that each write waits for."""
+
+            def __init__(self, lock: Any) -> None:
+                self.lock = lock
+
+            def acquire(self, timeout: float) -> bool:
+                arrived.set()
+                return bool(self.lock.acquire(timeout=timeout))
+
+            def release(self) -> None:
+                self.lock.release()
+
+        real = one._writing
+        one._writing = Lock(real)  # type: ignore[assignment] # as much of one as flush takes
+        with ThreadPoolExecutor(1) as pool:
+            with real:
+                written = pool.submit(one.flush)
+                assert arrived.wait(10)
+                one.report(2, ok=True)
+            written.result()
+        found = receipt((tmp_path / "0.progress.json").as_uri())
+        assert found is not None
+        assert [entry["i"] for entry in found["items"]] == [0, 1]
 
     def test_a_signed_url_gets_the_last_word_only(self, s3: Any) -> None:
         address = {"Bucket": "bucket", "Key": "r.json"}
@@ -586,6 +719,7 @@ class TestTransport:
         for _ in range(2):
             call = container._call("PUT", "gs://bucket/a b", b"", only_new=True)
             assert call.headers["Authorization"] == "Bearer t1"
+        assert call.method == "POST"
         assert call.url == (
             "https://storage.googleapis.com/upload/storage/v1/b/bucket/o"
             "?uploadType=media&name=a+b&ifGenerationMatch=0"
