@@ -130,7 +130,9 @@ dispatch_terminated() {
 dispatch_each() {
     dispatch_own=$(dispatch_line) || exit
     [ -n "$dispatch_own" ] || dispatch_fail "the input has no line for task $dispatch_index" 65
-    dispatch_result=${DISPATCH_RESULT_URI:-}
+    dispatch_result=$(printf '%s\n' "$dispatch_own" |
+        sed -n 's/^{[^[]*"result_uri":"\([^"]*\)".*/\1/p')
+    dispatch_result=${dispatch_result:-${DISPATCH_RESULT_URI:-}}
     case $dispatch_result in
     */) dispatch_result=$dispatch_result$dispatch_index.json ;;
     esac
