@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 import structlog
 
 from dispatcher.engine import Place
@@ -13,6 +16,8 @@ from dispatcher.storing import Told
 __all__ = ["StorageWatch"]
 
 log = structlog.get_logger(__name__)
+
+_PROBE: Final = re.compile(r"checks/[0-9a-f-]{36}")
 
 
 class StorageWatch:
@@ -55,7 +60,7 @@ class StorageWatch:
             log.warning("the storage does not answer", why=str(error))
             return False
         except DispatcherError as error:
-            problem = plain(str(error))
+            problem = _said(error)
         self._found = (problem, self._signing(before[1]) if problem is None else None)
         if self._found == before:
             return False
@@ -75,5 +80,10 @@ class StorageWatch:
             log.warning("the storage does not answer", why=str(error))
             return before
         except DispatcherError as error:
-            return plain(str(error))
+            return _said(error)
         return None
+
+
+def _said(error: DispatcherError) -> str:
+    """Give the storage's words without the name of this look's probe: the next says the same."""
+    return _PROBE.sub("checks/", plain(str(error)))

@@ -559,6 +559,15 @@ def test_a_storage_that_does_not_answer_takes_nothing_back_and_is_no_problem_to_
     assert seen == [(False, None), (True, "no bucket"), (False, "no bucket"), (True, None)]
 
 
+def test_a_storage_that_stays_as_wrong_as_it_was_is_told_once(
+    stored: tuple[Works, Held, Path],
+) -> None:
+    _, storage, _ = stored
+    storage.go_on.set()
+    watch = StorageWatch(storage, signs=False)
+    assert [watch.look(), watch.look()] == [True, False]
+
+
 def test_where_a_job_signs_urls_the_signing_is_looked_at_too(
     stored: tuple[Works, Held, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
