@@ -15,12 +15,14 @@ from urllib.parse import parse_qs, urlsplit
 from dispatcher import queries, schema
 from dispatcher.backends.base import Backend, BackendError, Remark
 from dispatcher.backends.registry import make_backend
-from dispatcher.config import Config, Settings, load_config, load_settings
+from dispatcher.config import Config, Settings, Target, load_config, load_settings
 from dispatcher.errors import ConfigurationError, DispatcherError, SchemaMismatch, Unreachable
+from dispatcher.job import Job
 from dispatcher.queries import TargetView, WorkerView
 from dispatcher.redaction import mask_url
 from dispatcher.storage import Storage
 from dispatcher.store import Store
+from dispatcher.storing import signs_results, signs_too_long, storage_need
 
 __all__ = ["Finding", "Told", "check_all", "check_worker", "exit_code", "read_revision"]
 
@@ -78,7 +80,8 @@ def check_all(told: Told) -> Iterator[Finding]:
         database = _database(settings)
         yield database
         yield _broker(settings)
-        yield _storage(settings)
+        stored = _storage(settings)
+        yield stored
         config = None
         if settings.jobs is None:
             text = "DISPATCHER_JOBS is not set: enqueueing by name and workers need it"
@@ -92,7 +95,13 @@ def check_all(told: Told) -> Iterator[Finding]:
         if config is not None:
             text = f"{len(config.jobs)} jobs on {len(config.targets)} targets in {config.source}"
             yield Finding("jobs", "ok", text)
-            yield from _jobs(config, rows, storage=settings.storage_url is not None)
+            # Of one that cannot be used at all it was said above; jobs are looked at beside it.
+            yield from _jobs(
+                config,
+                rows,
+                settings.storage_url,
+                usable=settings.storage_url is not None and stored.level == "ok",
+            )
         if database.level != "fail":
             yield from _service(queries.workers(store), rows, config)
     finally:
@@ -218,9 +227,12 @@ def _ping(url: str) -> str | None:
     return None
 
 
-def _jobs(config: Config, rows: dict[str, TargetView], *, storage: bool) -> Iterator[Finding]:
-    """Ask each job's backend whether it could run."""
+def _jobs(
+    config: Config, rows: dict[str, TargetView], storage_url: str | None, *, usable: bool
+) -> Iterator[Finding]:
+    """Ask each job's backend whether it could run, and whether its tasks reach the storage."""
     backends = {name: make_backend(target) for name, target in config.targets.items()}
+    signing: list[Remark] | None = None
     for job in config.jobs.values():
         backend = backends[job.target]
         name = f"job {job.name}"
@@ -236,10 +248,11 @@ def _jobs(config: Config, rows: dict[str, TargetView], *, storage: bool) -> Iter
             text = f"target {job.target} cannot be asked: {error}"
             yield Finding(name, "fail", text, unreachable=True)
             continue
-        if job.receipt == "required" and not storage and not backend.limits.own_results:
-            text = f"requires receipts, and tasks on target {job.target} have nowhere to write them"
-            todo = "set DISPATCHER_STORAGE_URL, to a place that the containers can write"
-            remarks = [*remarks, Remark("fail", text, todo)]
+        remarks = [*remarks, *_stored(job, config.targets[job.target], backend, storage_url)]
+        if usable and signs_results(job):
+            if signing is None:  # once for all jobs: the storage is the same
+                signing = list(_signing(storage_url or ""))
+            remarks = [*remarks, *signing]
         for remark in remarks:
             what = remark.todo
             if what is None and remark.level != "ok":
@@ -247,6 +260,50 @@ def _jobs(config: Config, rows: dict[str, TargetView], *, storage: bool) -> Iter
             yield Finding(name, remark.level, remark.text, what)
         if all(remark.level == "ok" for remark in remarks):
             yield Finding(name, "ok", f"can run on target {job.target}")
+
+
+def _stored(
+    job: Job, target: Target, backend: Backend, storage_url: str | None
+) -> Iterator[Remark]:
+    """Say what the tasks of a job would miss of the storage, as far as settings tell."""
+    own = backend.limits.own_results
+    need = storage_need(job, claims=storage_url is not None and not backend.limits.relaunch_safe)
+    too_long = signs_too_long(job)
+    if too_long is not None:
+        yield Remark("fail", too_long)
+    if storage_url is None:
+        if job.receipt == "required" and not own:
+            text = f"requires receipts, and tasks on target {job.target} have nowhere to write them"
+            todo = "set DISPATCHER_STORAGE_URL, to a place that the containers can write"
+            yield Remark("fail", text, todo)
+        elif need is not None and not own:
+            text = f"{need}, and there is no storage"
+            yield Remark("warn", text, "set DISPATCHER_STORAGE_URL, to a place that they can reach")
+        return
+    emulated = bool(getattr(target.settings, "insecure", False))
+    if storage_url.startswith("file:") and backend.home() is None and not emulated:
+        if need is None and job.receipt == "ignored":
+            return
+        what = need or "may write receipts"
+        yield Remark(
+            "warn",
+            f"{what}, and the storage is the directory {storage_url} of this machine: the tasks of "
+            f"target {job.target} run elsewhere and cannot reach it",
+            "set DISPATCHER_STORAGE_URL to a bucket, s3:// or gs://; leave it only if the tasks "
+            "have the same directory mounted at the same path",
+        )
+
+
+def _signing(storage_url: str) -> Iterator[Remark]:
+    """Sign URLs of a probe and use them, as tasks would."""
+    try:
+        Storage(storage_url).check_signing()
+    except DispatcherError as error:
+        todo = (
+            "set this machine's clock; on Google Cloud grant iam.serviceAccounts.signBlob on the "
+            "workers' own account; or do without options.signed_urls"
+        )
+        yield Remark("fail", f"gives its tasks signed URLs, and these do not work: {error}", todo)
 
 
 def _elsewhere(backend: Backend, row: TargetView | None) -> str | None:

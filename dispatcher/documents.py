@@ -5,7 +5,8 @@ where all tasks of an execution are given one environment, or where the items of
 too large for the launch call. Line *i* belongs to task index *i*, so that a shell finds its own
 with `sed -n "$((i + 1))p"`, and one URL, signed or not, serves every task. The same rows give the
 same document, to the byte: it is written create-only under the execution's key, and a launch that
-is repeated finds its own document there.
+is repeated finds its own document there. Only where it holds signed URLs, which run out, each
+launch call writes one of its own.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ DOCUMENT_BYTES: Final = 32 << 20
 _INPUTS: Final = "inputs/"
 _RESULTS: Final = "results/"
 _CLAIMS: Final = "claims/"
+_CHECKS: Final = "checks/"
+"""Probes of `Storage.check`, where a process ended before it had removed its own."""
 
-STORED: Final = (_INPUTS, _RESULTS, _CLAIMS)
+STORED: Final = (_INPUTS, _RESULTS, _CLAIMS, _CHECKS)
 """All that this package puts into the storage, by prefix."""
 
 LINE_BYTES: Final = 256
@@ -60,9 +63,14 @@ def document_bytes(request: LaunchRequest) -> int:
     )
 
 
-def input_path(request: LaunchRequest) -> str:
-    """Name the document within the storage."""
-    return f"{_INPUTS}{request.batch_id}/{request.key}.jsonl"
+def input_path(request: LaunchRequest, call: int = 1) -> str:
+    """Name the document within the storage.
+
+    One that holds signed URLs is of one launch call: a later call finds URLs in it that no longer
+    work, and writes another under the number of that call.
+    """
+    number = f".{call}" if call > 1 and request.tasks[0].result_uri is not None else ""
+    return f"{_INPUTS}{request.batch_id}/{request.key}{number}.jsonl"
 
 
 def result_prefix(batch_id: str, key: str) -> str:
@@ -78,7 +86,13 @@ def claim_path(key: str) -> str:
 def _line(task: TaskInput, *, wrapped: bool) -> str:
     # The items are JSON text already. A line feed in them can only be between values.
     items = task.items.replace("\n", " ").replace("\r", " ")
-    line = f'{{"chunk":{task.chunk_index},"attempt":{task.attempt},"items":{items}'
+    line = f'{{"chunk":{task.chunk_index},"attempt":{task.attempt}'
+    # Before the items, so that a shell can tell it from what stands in an item.
+    if task.result_uri is not None:
+        line += f',"result_uri":{_json(task.result_uri)}'
+    if task.progress_uri is not None:
+        line += f',"progress_uri":{_json(task.progress_uri)}'
+    line += f',"items":{items}'
     if wrapped:
         line += f',"args":{_json(task.args)},"env":{_json(dict(task.env))}'
     return line + "}\n"

@@ -21,6 +21,7 @@ from dispatcher.redaction import redact
 from dispatcher.storage import check_uri
 from dispatcher.store import Store, new_batch_id
 from dispatcher.store.rows import NewBatch
+from dispatcher.storing import signs_too_long, storage_need, storage_trouble
 
 __all__ = ["BatchRequest"]
 
@@ -70,7 +71,10 @@ class BatchRequest:
             "chunk": chunk,
             **{f"overrides.{name}": value for name, value in given.items()},
         }
-        self._needs_results = job.receipt == "required"
+        self._job = job
+        too_long = signs_too_long(job)
+        if too_long is not None:
+            raise InvalidInput(f"job {job.name} {too_long}")
         self._new = NewBatch(
             id=new_batch_id(),
             key=key,
@@ -97,25 +101,46 @@ class BatchRequest:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    def _check_results(self, store: Store, tx: sa.Connection) -> None:
-        """Refuse what the workers would, as soon as it can be known: who leads the target told."""
-        if not self._needs_results:
+    def _check_storage(self, store: Store, tx: sa.Connection, *, patient: bool) -> None:
+        """Refuse what could not run, as soon as it can be known: who leads the target told."""
+        job, target = self._job, self._new.target
+        if storage_need(job, claims=True) is None:
             return
-        if store.takes_results(tx, self._new.target) is False:
+        told, leads = store.told_by_leader(tx, target)
+        if job.receipt == "required" and told.get("results") is False:
             raise InvalidInput(
-                f"job {self._new.job_name} requires receipts, and the workers of target "
-                f"{self._new.target} have no storage for them: set DISPATCHER_STORAGE_URL for the "
+                f"job {job.name} requires receipts, and the workers of target "
+                f"{target} have no storage for them: set DISPATCHER_STORAGE_URL for the "
                 "workers, to a place that the containers can write, and restart them"
             )
+        trouble = storage_trouble(job, told if leads else None)
+        if trouble is None or patient:
+            return
+        key = self._new.key
+        if key is not None and store.request_of_key(tx, key) is not None:
+            return  # it is there already, and waits
+        raise InvalidInput(
+            f"job {job.name} {trouble.need}, and the workers of target {target} cannot use their "
+            f"storage: {trouble.problem}. Mend DISPATCHER_STORAGE_URL of the workers, or what they "
+            "may do there, and enqueue again: they look every half minute. What does not need the "
+            "storage can be enqueued meanwhile"
+        )
 
-    def write(self, store: Store, tx: sa.Connection) -> str:
+    def write(self, store: Store, tx: sa.Connection, *, patient: bool = False) -> str:
         """Write the batch, or find the one that has its key; the id of either.
+
+        Args:
+            store: The tables.
+            tx: The transaction of whoever asks.
+            patient: The batch is to wait if the storage has to be mended first, as nobody is there
+                to ask for it again.
 
         Raises:
             InvalidItems: an item cannot be used; the transaction must be rolled back.
             IdempotencyConflict: the key belongs to another request.
+            InvalidInput: it needs a storage, and there is none that can be used.
         """
-        self._check_results(store, tx)
+        self._check_storage(store, tx, patient=patient)
         paged = pages(self._stream)
         head = list(islice(paged, 2))
         if len(head) <= 1:

@@ -33,6 +33,7 @@ from dispatcher.receipts import STORAGE_PATIENCE
 from dispatcher.retrying import APPLICATION, CAPACITY, INFRASTRUCTURE
 from dispatcher.states import BatchState, CancelKind, ChunkState, Outcome
 from dispatcher.store import Store
+from dispatcher.storing import Trouble, storage_trouble
 
 __all__ = ["Explanation", "Point", "explain", "find_chunk"]
 
@@ -168,6 +169,7 @@ def _of_batch(case: _Case) -> Iterator[Point]:
     yield from hindrances
     if case.batch.state is BatchState.PLANNING:
         yield from _planning(case, served=not hindrances)
+        yield from _storage_to_mend(case)
         yield _deadline(case)
         return
     yield _progress(case)
@@ -183,6 +185,8 @@ def _of_batch(case: _Case) -> Iterator[Point]:
         )
         return
     yield from _moving(case, live)
+    if _trouble(case) is None or not case.standing.due:
+        yield from _storage_to_mend(case)
     if case.standing.due:
         who = f"{_chunks(case.standing.due)} could be launched now"
         yield from _waiting(case, who, served=not hindrances)
@@ -635,6 +639,14 @@ def _blockers(case: _Case) -> Iterator[Point]:
                 "resume_at": target.resume_at,
             },
         )
+    trouble = _trouble(case)
+    if trouble is not None:
+        yield Point(
+            "storage",
+            f"the job {trouble.need}, and the storage of target {target.name} cannot be used: "
+            f"{trouble.problem}. A worker looks every half minute, and launches when it is mended",
+            {"target": target.name, "problem": trouble.problem},
+        )
     yield from _empty_bucket(case, target)
     on_target = queries.holders(case.store, target=target.name)
     slots = sum(holder.slots for holder in on_target)
@@ -659,6 +671,32 @@ def _blockers(case: _Case) -> Iterator[Point]:
         if sum(holder.slots for holder in own) >= limits.per_batch:
             what = f"{limits.per_batch} slots of this batch (limits.per_batch)"
             yield _full("batch_slots", what, own)
+
+
+def _trouble(case: _Case) -> Trouble | None:
+    """Say what of the storage has to be mended before launches go on."""
+    target = case.target
+    if case.job is None or target is None or not target.leased:
+        return None
+    return storage_trouble(case.job, target.limits)
+
+
+def _storage_to_mend(case: _Case) -> Iterator[Point]:
+    """Say that the storage has to be mended, where nothing due waits for that."""
+    target, trouble = case.target, _trouble(case)
+    if target is None or not target.leased:
+        return
+    problem = trouble.problem if trouble else target.limits.get("storage_problem")
+    if problem is None:
+        return
+    then = "nothing is launched until it is mended"
+    if trouble is None:
+        then = "receipts are not found, and inputs that are too large for a launch call wait"
+    yield Point(
+        "storage",
+        f"The storage of target {target.name} cannot be used: {problem}. Meanwhile {then}.",
+        {"target": target.name, "problem": problem},
+    )
 
 
 def _empty_bucket(case: _Case, target: TargetView) -> Iterator[Point]:

@@ -21,6 +21,8 @@ from dispatcher.errors import InvalidInput
 from dispatcher.items import join_items, split_items
 from dispatcher.job import Job
 from dispatcher.redaction import excerpt, redact_env
+from dispatcher.storage import LONGEST_SIGNED
+from dispatcher.storing import SIGNED_TASKS, SIGNING_MARGIN, signs_results
 from dispatcher.templating import Values, render, uses_chunk, uses_pack
 
 __all__ = ["Plan", "audit_copy", "check_chunk", "join_arrays", "launch_request", "new_key"]
@@ -60,6 +62,9 @@ class Plan:
     definition_key: str = ""
     """The same for all plans whose options are the same, and with them what they name."""
 
+    signed: bool = False
+    """Each task is given signed URLs of its own, to write its receipt and its progress to."""
+
     @classmethod
     def read(
         cls,
@@ -77,6 +82,9 @@ class Plan:
         options = backend.Options.model_validate(job.options)
         limits, texts = backend.limits, (*job.args, *job.env.values())
         most = min(limits.max_tasks, getattr(options, "max_tasks", None) or 1)
+        signed = signs_results(job)
+        if signed:
+            most = min(most, SIGNED_TASKS)
         by_chunk = not limits.per_task_env and any(map(uses_chunk, texts))
         # The wrapper stands before the image's own command: it takes all that varies from the input
         # document, as args that are set from outside would take that command's place.
@@ -99,6 +107,7 @@ class Plan:
             room,
             line,
             options.model_dump_json(),
+            signed,
         )
 
     def under(self, definition: Definition) -> Plan:
@@ -118,6 +127,11 @@ class Plan:
     def times(self, tasks: int, parallelism: int) -> tuple[timedelta, timedelta]:
         """Say how long an execution may take to start, and from there to end."""
         return self.job.start_timeout, self.job.timeout * ceil(tasks / parallelism) + SLACK
+
+    def signed_for(self, tasks: int, parallelism: int) -> timedelta:
+        """Say how long the URLs of an execution are to work, as far as any can."""
+        start, run = self.times(tasks, parallelism)
+        return min(start + run + SIGNING_MARGIN, LONGEST_SIGNED)
 
 
 SLACK: Final = timedelta(seconds=30)

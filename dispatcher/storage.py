@@ -9,9 +9,14 @@ settings of this package.
 
 from __future__ import annotations
 
+import errno
+import http.client
 import re
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -34,6 +39,7 @@ from obstore.store import GCSStore, LocalStore, S3Store
 
 from dispatcher.errors import ConfigurationError, DispatcherError, InvalidItems, Unreachable
 from dispatcher.items import ItemStream, format_of, parse
+from dispatcher.redaction import mask_url
 
 if TYPE_CHECKING:
     from obstore.store import RetryConfig
@@ -71,6 +77,18 @@ _SAID: Final = 400
 
 _REFUSALS: Final = frozenset({"301", "400", "401", "403", "404", "405", "501"})
 """Answers that would come again."""
+
+_PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
+"""Answers to a signed URL that say nothing of its signature."""
+
+_NO_PLACE: Final = frozenset({errno.ENOENT, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG})
+"""Why a directory can never be made; what else a file system says may pass."""
+
+_PROBE_SIGNED: Final = timedelta(minutes=5)
+_PROBE_TIMEOUT: Final = 30.0
+_PROBE_BYTES: Final = 4096
+
+_SIGNERS: Final = 16
 
 _FAULTS_OF_OURS: Final = (
     FileExistsError,
@@ -212,6 +230,15 @@ class Storage:
                 return self.uri(path)
             return obstore.sign(store, method, path, expires)
 
+    def sign_all(
+        self, paths: Sequence[str], *, method: Literal["GET", "PUT"], expires: timedelta
+    ) -> list[str]:
+        """Sign a URL of each of some objects, as `sign`; several at once, as each may be a call."""
+        with ThreadPoolExecutor(_SIGNERS, "sign") as signers:
+            return list(
+                signers.map(lambda path: self.sign(path, method=method, expires=expires), paths)
+            )
+
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """List what lies below a path, which may end in "/", page by page, in no order."""
         with self._explaining("list", prefix):
@@ -260,6 +287,57 @@ class Storage:
         finally:
             self._delete([path])
 
+    def check_signing(self) -> None:
+        """Write and read a probe below "checks/" by URLs that are signed here, then delete it.
+
+        Of a directory nothing is signed, and nothing is done.
+
+        Raises:
+            StorageRefused: they cannot be signed, or the storage refuses them; in its words.
+        """
+        if self.is_directory:
+            return
+        path = f"checks/{uuid.uuid4()}"
+        data = b"Written by `dispatcher check`; it may be deleted.\n"
+        written = self.sign(path, method="PUT", expires=_PROBE_SIGNED)
+        read = self.sign(path, method="GET", expires=_PROBE_SIGNED)
+        try:
+            self._ask("PUT", path, written, data)
+            if self._ask("GET", path, read, None) != data:
+                raise StorageRefused(
+                    f"{self.uri(path)} was written by a signed URL and does not read back as it "
+                    "was written: signed URLs cannot be used there"
+                )
+        finally:
+            self._delete([path])
+
+    def _ask(self, method: str, path: str, url: str, data: bytes | None) -> bytes:
+        """Use a signed URL as a task does. No message has it: it is a secret."""
+        what = f"a URL that was signed here to {'write' if data else 'read'} {self.uri(path)}"
+        # As `dispatcher.container` does; the type that urllib would add means a form.
+        headers = {"Content-Type": "application/json"} if data else {}
+        request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310 - signed here
+        try:
+            with urllib.request.urlopen(request, timeout=_PROBE_TIMEOUT) as answer:  # noqa: S310
+                found: bytes = answer.read(_PROBE_BYTES)
+                return found
+        except urllib.error.HTTPError as error:
+            said = mask_url(_said(error.read(_PROBE_BYTES).decode(errors="replace")))
+            text = f"{what} is answered {error.code} {error.reason}: {said}"
+            if error.code in _PASSING:
+                raise Unreachable(text) from None
+            raise StorageRefused(
+                f"{text}. The clock of this machine must be right, and its credentials must be "
+                "allowed that"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(f"{what} gets no answer: {error}") from None
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether it is one on this machine, or mounted there, and no bucket."""
+        return self._place.scheme == "file"
+
     def _delete(self, paths: Sequence[str]) -> int:
         if not paths:
             return 0
@@ -287,6 +365,12 @@ class Storage:
                     raise StorageRefused(
                         f"cannot open {self.url}: the platform's variables (AWS_*, GOOGLE_*) do "
                         f"not make sense: {_said(error)}"
+                    ) from error
+                except OSError as error:
+                    if error.errno not in _NO_PLACE:
+                        raise
+                    raise StorageRefused(
+                        f"the directory of {self.url} is not there and cannot be made: {error}"
                     ) from error
             return self._store
 
@@ -352,7 +436,7 @@ def _names_no_bucket(error: Exception) -> bool:
     return "NoSuchBucket" in str(error) or "bucket does not exist" in str(error)
 
 
-def _said(error: Exception) -> str:
+def _said(error: object) -> str:
     """Take the storage's own words out of what the library made of them."""
     text = str(error)
     if found := re.search(r"<Code>(.*?)</Code>\s*(?:<Message>(.*?)</Message>)?", text, re.DOTALL):
@@ -365,6 +449,8 @@ def _refusal(what: str, error: Exception) -> DispatcherError:
     said = _said(error)
     if _names_no_bucket(error):
         return StorageRefused(f"{what}: there is no such bucket; make it, or mend the storage URL")
+    if "RequestTimeTooSkewed" in str(error):
+        return StorageRefused(f"{what}: the clock of this machine is wrong; {said}")
     if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
         return StorageRefused(
             f"{what}: no permission; the credentials are those that this process's platform gives "

@@ -27,8 +27,10 @@ from dispatcher import schema
 from dispatcher.engine import Place, boottime
 from dispatcher.errors import DispatcherError, SchemaMismatch
 from dispatcher.store.base import Conflict
+from dispatcher.storing import signs_results, tell
 from workers import steps
 from workers.runtime import Runtime
+from workers.storage_watch import StorageWatch
 
 __all__ = ["Clock"]
 
@@ -40,6 +42,10 @@ FOLLOW_EVERY: Final = 0.5
 STRAYS_EVERY: Final = 60.0
 CLEAN_EVERY: Final = 600.0
 PROGRESS_EVERY: Final = 10.0
+STORAGE_EVERY: Final = 300.0
+MENDING_EVERY: Final = 30.0
+"""Between two looks at a storage that somebody has to mend: launches wait for it."""
+
 FORGET_WORKERS: Final = timedelta(days=7)
 STUCK_AFTER: Final = 60.0
 """Seconds that the loop may stand still. No call that it makes may take half as long."""
@@ -73,6 +79,9 @@ class Slot:
     wakes: Sequence[Slot] = ()
     """What is done at once after a step that found something: room was made, so launch."""
 
+    tells: bool = False
+    """What it found is told by the heartbeat, at once."""
+
 
 class Clock:
     """Runs the turns of a worker in threads of its own.
@@ -102,6 +111,11 @@ class Clock:
         self._problems: dict[str, str] = {}
         self._checked = False
         targets = run.engine.places
+        storages = [place.storage for place in targets.values() if place.storage is not None]
+        self._storage = StorageWatch(
+            storages[0] if storages else None,  # a process has one for all its targets
+            signs=any(map(signs_results, run.config.jobs.values())),
+        )
         every = run.settings.sweep_interval.total_seconds()
         planners = [
             Slot(f"plan {number}", partial(steps.plan_waiting, run), every)
@@ -112,6 +126,8 @@ class Clock:
             Slot("sweep", run.engine.sweep, every),
             *planners,
         ]
+        if storages:
+            self._slots.append(Slot("storage", self._storage.look, 0.0, tells=True))
         for name in targets:
             launch = Slot(
                 f"launch {name}", partial(steps.launch, run, name), LAUNCH_EVERY, target=name
@@ -203,6 +219,8 @@ class Clock:
         """Say when a slot that is done is due again, and wake those that wait for it."""
         slot.running = None
         slot.next_at = now + slot.every
+        if slot.tells:
+            slot.next_at = now + (STORAGE_EVERY if self._storage.in_order else MENDING_EVERY)
         error = step.exception()
         if isinstance(error, DispatcherError):
             log.warning("turn failed; tried again", turn=slot.name, why=str(error))
@@ -211,6 +229,8 @@ class Clock:
         elif step.result():
             for other in slot.wakes:
                 other.next_at = now
+            if slot.tells:
+                self._next_beat = now
 
     def _beat(self) -> None:
         """Write the heartbeat and renew the leases; a database that is gone stops neither."""
@@ -262,7 +282,7 @@ class Clock:
                 **place.target.model_dump(
                     mode="json", include={"max_running", "max_executions", "launches_per_minute"}
                 ),
-                "results": place.storage is not None or place.backend.limits.own_results,
+                **tell(self._storage.told(place)),
             },
             home=place.home,
             lease=lease,

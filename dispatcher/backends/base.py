@@ -211,6 +211,13 @@ class TaskInput:
     env: Mapping[str, str] = field(default_factory=dict)
     """`env` of the job with its templates filled. The backend adds the `DISPATCH_*` variables."""
 
+    result_uri: str | None = field(default=None, repr=False)
+    """A signed URL, and a secret: where this task alone may write its receipt. None where the
+    execution has a prefix for all of them."""
+
+    progress_uri: str | None = field(default=None, repr=False)
+    """The same for what is done so far."""
+
 
 @dataclass(frozen=True, slots=True)
 class LaunchRequest:
@@ -247,11 +254,12 @@ class LaunchRequest:
 
     result_uri: str | None = None
     """The prefix, ending in "/", under which each task may write `<task index>.json`; None where no
-    storage is configured."""
+    storage is configured, or where each task has a URL of its own."""
 
     claim_uri: str | None = None
     """What the first task to start creates, so that a double of this execution does nothing; None
-    where a key cannot be launched twice, or no storage is configured."""
+    where a key cannot be launched twice, no storage is configured, or the tasks have signed URLs:
+    with those a claim cannot be written *and* read."""
 
     wrapped: bool = False
     """The image's entry wrapper takes each task's args and env from the input document."""

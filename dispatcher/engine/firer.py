@@ -78,4 +78,4 @@ class Firer:
             labels={"schedule": schedule.name},
             actor=f"schedule {schedule.name}",
         ) as request:
-            return request.write(self._store, tx)
+            return request.write(self._store, tx, patient=True)

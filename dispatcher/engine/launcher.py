@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -52,9 +53,10 @@ from dispatcher.engine.settler import Settler
 from dispatcher.errors import DispatcherError, Unreachable
 from dispatcher.judging import ASKED
 from dispatcher.planning import Waiting, fair_shares, pack
+from dispatcher.receipts import progress_name, receipt_name
 from dispatcher.requests import Plan, audit_copy, launch_request, new_key
 from dispatcher.states import CancelKind, Outcome
-from dispatcher.storage import LONGEST_SIGNED, Storage
+from dispatcher.storage import LONGEST_SIGNED, Storage, TooLarge
 from dispatcher.store import Conflict, Store, again
 from dispatcher.store.rows import (
     Claimed,
@@ -63,6 +65,7 @@ from dispatcher.store.rows import (
     TargetRow,
     WaitingBatch,
 )
+from dispatcher.storing import storage_trouble
 
 __all__ = ["Launcher"]
 
@@ -152,6 +155,7 @@ class Launcher:
                 return []
             # Another worker may have said so.
             place.down = place.down or row.down
+            place.told = row.told
             place.launches_fail = place.launches_fail or row.down_calls > 0
             tokens = self._tokens(tx, target)
             free, most_calls = self._free(tx, target, row, tokens)
@@ -163,7 +167,9 @@ class Launcher:
                 for batch_id, plan in self._plans.of(
                     tx, [w.batch_id for w in waiting], place
                 ).items()
-                if (under := place.definitions.under(plan)) is not None
+                # What would fail for the want of the storage waits until it is mended.
+                if storage_trouble(plan.job, row.told) is None
+                and (under := place.definitions.under(plan)) is not None
             }
             waiting = self._count_due(tx, waiting, plans, min(most_calls, free))
             sizes = self._share(tx, waiting, plans, free, most_calls)
@@ -313,15 +319,15 @@ class Launcher:
     def _call(self, place: Place, calls: Sequence[Call], by: float) -> None:
         """Make launch calls, all at once, and record the answers as they come."""
         open_calls: dict[Future[Launched], Call] = {
-            place.callers.submit(self._call_one, place, call.request, by): call for call in calls
+            place.callers.submit(self._call_one, place, call, by): call for call in calls
         }
         while open_calls:
             done, _ = wait(open_calls, return_when=FIRST_COMPLETED)
             self._record(place, [(open_calls.pop(future), future) for future in done])
 
-    def _call_one(self, place: Place, request: LaunchRequest, by: float) -> Launched:
+    def _call_one(self, place: Place, call: Call, by: float) -> Launched:
         """Make one launch call, unless it has become too late for it."""
-        request = _with_storage(place, request)
+        request = _with_storage(place, call)
         if self._monotonic() >= by:
             raise _TooLate("the launcher came too late to its own call; nothing was called")
         return place.backend.launch(request)
@@ -511,7 +517,7 @@ class _Answers:
 
 
 class _NoStorage(Exception):
-    """The input document cannot be written now; nothing was called, and other jobs may be."""
+    """The storage is needed and cannot be used now; nothing was called, and other jobs may be."""
 
 
 class _TooLate(Exception):
@@ -547,14 +553,20 @@ def _pack(waiting: WaitingBatch, slots: int, plan: Plan) -> list[int]:
     return [most] * full + ([min(rest, due - whole)] if rest else [])
 
 
-def _with_storage(place: Place, request: LaunchRequest) -> LaunchRequest:
+def _with_storage(place: Place, call: Call) -> LaunchRequest:
     """Write the input document that a launch refers to, if it needs one, and name the places.
+
+    What is signed is signed anew for each call: that of an earlier one may have run out.
 
     Raises:
         Rejected: it needs one, and no storage is configured; or the storage refuses it for ever.
-        _NoStorage: the storage does not answer; nothing was called.
+        _NoStorage: the storage does not answer, or its trouble is known and is being waited for;
+            nothing was called.
     """
-    storage = place.storage
+    storage, request = place.storage, call.request
+    signed = storage is not None and call.plan.signed
+    if storage is not None and signed:
+        request = _with_signed_urls(place, storage, call)
     uri = None
     if needs_document(request, place.backend.limits):
         text = document(request).encode()
@@ -567,9 +579,9 @@ def _with_storage(place: Place, request: LaunchRequest) -> LaunchRequest:
                     "read; or give fewer items to a chunk, or fewer chunks to an execution "
                     "(options.max_tasks)"
                 )
-            uri = _write_document(storage, request, text)
-    if storage is None:
-        return request
+            uri = _write_document(place, storage, request, text, call.number)
+    if storage is None or signed:
+        return replace(request, input_uri=uri)
     return replace(
         request,
         input_uri=uri,
@@ -578,16 +590,47 @@ def _with_storage(place: Place, request: LaunchRequest) -> LaunchRequest:
     )
 
 
-def _write_document(storage: Storage, request: LaunchRequest, text: bytes) -> str:
+def _with_signed_urls(place: Place, storage: Storage, call: Call) -> LaunchRequest:
+    """Give each task URLs of its own for its receipt and its progress."""
+    request = call.request
+    prefix, indexes = result_prefix(request.batch_id, request.key), [t.index for t in request.tasks]
+    paths = [f"{prefix}{name(i)}" for name in (receipt_name, progress_name) for i in indexes]
+    expires = call.plan.signed_for(len(request.tasks), request.parallelism)
+    with _explaining(place, "the URLs for receipts cannot be signed"):
+        urls = storage.sign_all(paths, method="PUT", expires=expires)
+    tasks = zip(request.tasks, urls[: len(indexes)], urls[len(indexes) :], strict=True)
+    return replace(
+        request,
+        tasks=tuple(
+            replace(task, result_uri=result, progress_uri=progress)
+            for task, result, progress in tasks
+        ),
+    )
+
+
+def _write_document(
+    place: Place, storage: Storage, request: LaunchRequest, text: bytes, number: int
+) -> str:
     """Write an input document once; who comes again with the same key finds the same text."""
-    path = input_path(request)
-    try:
+    path = input_path(request, number)
+    with _explaining(place, "the input document cannot be written"):
         storage.create(path, text)
         if getattr(request.options, "signed_urls", False):
             # Tasks of a pack may wait for days until they start.
             return storage.sign(path, method="GET", expires=LONGEST_SIGNED)
+    return storage.uri(path)
+
+
+@contextmanager
+def _explaining(place: Place, what: str) -> Iterator[None]:
+    """Tell a storage that will do later, by itself or mended, from one that refuses a launch."""
+    try:
+        yield
     except Unreachable as error:
         raise _NoStorage(f"the storage does not answer: {error}") from error
+    except TooLarge as error:
+        raise Rejected(f"{what}: {error}") from error
     except DispatcherError as error:
-        raise Rejected(f"the input document cannot be written: {error}") from error
-    return storage.uri(path)
+        if (place.told or {}).keys() & {"storage_problem", "signing_problem"}:
+            raise _NoStorage(f"{what}, until the storage is mended: {error}") from error
+        raise Rejected(f"{what}: {error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
@@ -69,6 +69,9 @@ class Place:
     watch: Watch
     storage: Storage | None = None
     """Where input documents and results lie; None where none is configured."""
+
+    told: Mapping[str, Any] | None = None
+    """The target's limits, as its leader told when it was last locked: see `storing`."""
 
     launching: Lock = field(default_factory=Lock)
     """Held by the one round of launches that this process makes at a time."""

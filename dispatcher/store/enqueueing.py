@@ -102,14 +102,17 @@ class EnqueueStore(BaseStore):
         ).first()
         return None if row is None else (row[0], row[1])
 
-    def takes_results(self, tx: sa.Connection, target: str) -> bool | None:
-        """Say if tasks of a target can leave results, as who led it last told; None: not known."""
-        told: bool | None = self.run(
+    def told_by_leader(self, tx: sa.Connection, target: str) -> tuple[dict[str, Any], bool]:
+        """Read the limits of a target as who led it last told, and whether that one still does."""
+        row = self.run(
             tx,
-            "SELECT (limits ->> 'results')::bool FROM dispatcher.target WHERE name = :name",
+            """
+            SELECT limits, coalesce(lease_owner IS NOT NULL AND lease_until > now(), false)
+            FROM dispatcher.target WHERE name = :name
+            """,
             name=target,
-        ).scalar_one_or_none()
-        return told
+        ).first()
+        return ({}, False) if row is None else (row[0], row[1])
 
 
 def new_batch_id() -> str:

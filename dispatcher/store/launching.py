@@ -31,7 +31,8 @@ class LaunchStore(BaseStore):
             tx,
             """
             SELECT t.home, t.down_calls, t.down_since IS NOT NULL,
-                extract(epoch FROM t.resume_at - now())::float8, i.instance, now()
+                extract(epoch FROM t.resume_at - now())::float8, i.instance, now(),
+                CASE WHEN t.lease_owner IS NOT NULL AND t.lease_until > now() THEN t.limits END
             FROM dispatcher.target t CROSS JOIN dispatcher.installation i
             WHERE t.name = :name FOR UPDATE OF t
             """,

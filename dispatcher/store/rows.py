@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dispatcher.receipts import ItemResult
 from dispatcher.states import ChunkState, Cut, Outcome
@@ -57,6 +57,9 @@ class TargetRow(NamedTuple):
     instance: str
     now: datetime
     """The database's time, which is that of everything written in this transaction."""
+
+    told: dict[str, Any] | None
+    """Its limits, as who leads it now has written them; None if nobody does."""
 
 
 class WaitingBatch(NamedTuple):

@@ -134,7 +134,7 @@ dispatch_value() {
             found=$(printf '%s\n' "$dispatch_own" | jq -r ".$1 // empty")
         else # what stands before the items is surely no part of something else
             found=$(printf '%s\n' "$dispatch_own" |
-                sed -n "s/^{[^[]*\"$1\" *: *\\([0-9][0-9]*\\).*/\\1/p")
+                sed -n "s/^{[^[]*\"$1\" *: *\"\{0,1\}\\([^\",[]*\\).*/\\1/p")
         fi
         ;;
     esac
@@ -152,9 +152,10 @@ dispatch_items() {
               then error("an item holds a number beyond 2^53") else . end'
         return
     fi
-    case $dispatch_own in *'"result_uri"'*) return 1 ;; esac
-    # What stands between the brackets; nothing but numbers may precede `items`.
+    case $dispatch_own in *'"items"'*'"result_uri"'*) return 1 ;; esac # it must stand before them
+    # What stands between the brackets; nothing but numbers and URLs may precede `items`.
     between=$(printf '%s\n' "$dispatch_own" | tr '\n\t\r' '   ' | sed '
+        s/"[a-z]*_uri" *: *"[^"\\[]*" *,//g
         s/^ *{\( *"[a-z_]*" *: *[0-9][0-9]* *,\)* *"items" *: *\[/[/
         s/^ *\[\([^]]*\)\].*$/\1/
         t

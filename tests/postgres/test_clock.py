@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +22,16 @@ from dispatcher.engine import Engine
 from dispatcher.errors import DispatcherError, Unreachable
 from dispatcher.schedule import Schedule
 from dispatcher.schema import create_engine
+from dispatcher.storage import Storage, StorageRefused
 from dispatcher.store import Store
 from dispatcher.store.base import Conflict
 from dispatcher.testing import NullSettings, NullWorld
 from dispatcher.wake import PLAN, Waker
+from workers import clock as clock_module
 from workers import steps
 from workers.clock import CRASHED, Clock
 from workers.runtime import Runtime
+from workers.storage_watch import StorageWatch
 
 TARGETS = ("here", "there")
 
@@ -471,3 +475,111 @@ def test_errors_of_the_database_are_ours_and_others_stay_what_they_are(works: Wo
     assert issubclass(Conflict, DispatcherError)
     with pytest.raises(sa.exc.DataError), works.store.transaction() as tx:
         works.store.run(tx, "SELECT 1 / 0")
+
+
+class Held(Storage):
+    """A storage of which nothing comes back until the test lets it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.go_on = threading.Event()
+        self.looks = 0
+
+    def check(self) -> None:
+        self.looks += 1
+        assert self.go_on.wait(60)
+        super().check()
+
+
+@pytest.fixture
+def stored(
+    works: Works, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Works, Held, Path]]:
+    """Works whose storage is a file, where a directory should be; looked at every moment."""
+    monkeypatch.setattr(clock_module, "MENDING_EVERY", 0.1)
+    monkeypatch.setattr(clock_module, "STORAGE_EVERY", 0.1)
+    place = tmp_path / "store"
+    place.write_text("")
+    storage = Held(place.as_uri())
+    for one in works.engine.places.values():
+        one.storage = storage
+    yield works, storage, place
+    storage.go_on.set()
+
+
+def told(works: Works, name: str) -> str | None:
+    rows = works.sql(
+        "SELECT limits ->> 'storage_problem' FROM dispatcher.target WHERE name = :name", name=name
+    )
+    return rows[0][0] if rows else None
+
+
+def test_a_storage_that_hangs_holds_up_neither_leases_nor_the_heartbeat(
+    stored: tuple[Works, Held, Path],
+) -> None:
+    works, storage, _ = stored
+    works.clock()
+    eventually(lambda: storage.looks > 0, "a look at the storage")
+    assert works.beats()
+    assert all(works.leased(name) for name in TARGETS)
+    batch = works.app.enqueue("work", [1])
+    assert batch.wait(timeout=30).state == "succeeded"
+    assert (storage.looks, told(works, TARGETS[0])) == (1, None)
+
+
+def test_a_leader_tells_what_has_to_be_mended_at_the_storage_until_it_works(
+    stored: tuple[Works, Held, Path],
+) -> None:
+    works, storage, place = stored
+    storage.go_on.set()
+    works.clock()
+    for name in TARGETS:
+        eventually(lambda name=name: told(works, name) is not None, "the leader's word")
+    assert f"cannot read {place.as_uri()}/checks/" in (told(works, TARGETS[0]) or "")
+    place.unlink()
+    eventually(lambda: told(works, TARGETS[0]) is None, "the leader takes it back")
+
+
+def test_a_storage_that_does_not_answer_takes_nothing_back_and_is_no_problem_to_mend(
+    stored: tuple[Works, Held, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works, storage, _ = stored
+    watch = StorageWatch(storage, signs=False)
+    answers: list[Exception | None] = [Unreachable("timed out"), StorageRefused("no bucket")]
+    answers += [Unreachable("timed out"), None]
+
+    def answer() -> None:
+        error = answers.pop(0)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(storage, "check", answer)
+    place = works.engine.places[TARGETS[0]]
+    seen = [(watch.look(), watch.told(place).storage_problem) for _ in range(4)]
+    assert seen == [(False, None), (True, "no bucket"), (False, "no bucket"), (True, None)]
+
+
+def test_a_storage_that_stays_as_wrong_as_it_was_is_told_once(
+    stored: tuple[Works, Held, Path],
+) -> None:
+    _, storage, _ = stored
+    storage.go_on.set()
+    watch = StorageWatch(storage, signs=False)
+    assert [watch.look(), watch.look()] == [True, False]
+
+
+def test_where_a_job_signs_urls_the_signing_is_looked_at_too(
+    stored: tuple[Works, Held, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works, storage, _ = stored
+
+    def refuse() -> None:
+        raise StorageRefused("403: Request is not valid yet")
+
+    monkeypatch.setattr(storage, "check", lambda: None)
+    monkeypatch.setattr(storage, "check_signing", refuse)
+    place = works.engine.places[TARGETS[0]]
+    for signs, problem in ((False, None), (True, "403: Request is not valid yet")):
+        watch = StorageWatch(storage, signs=signs)
+        assert watch.look() is signs
+        assert watch.told(place)[2:] == (None, problem)

@@ -14,11 +14,11 @@ from workbench import HERE, Bench, job
 from dispatcher import requests
 from dispatcher.backends.base import Definition, LaunchRequest, Rejected, Unavailable
 from dispatcher.engine import launcher
-from dispatcher.errors import Unreachable
+from dispatcher.errors import InvalidInput, Unreachable
 from dispatcher.explaining import explain
 from dispatcher.states import Outcome
 from dispatcher.storage import Storage, StorageRefused
-from dispatcher.testing import Ending
+from dispatcher.testing import Ending, Fault
 
 MakeBench = Callable[..., Bench]
 SHARED = {"per_task_env": False, "inline_bytes": 40}
@@ -188,9 +188,21 @@ def test_a_repeated_launch_finds_its_own_document(make_bench: MakeBench, storage
 class Signing(Storage):
     """A storage that signs, as those of clouds do."""
 
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.signed: list[tuple[str, str, timedelta]] = []
+
+    def documents(self) -> list[list[dict[str, Any]]]:
+        """The input documents, by name."""
+        paths = sorted(one.path for one in self.list("inputs/"))
+        return [
+            [json.loads(line) for line in (self.read(path, 1 << 20) or b"").splitlines()]
+            for path in paths
+        ]
+
     def sign(self, path: str, *, method: Any, expires: timedelta) -> str:
-        assert (method, expires) == ("GET", timedelta(days=7))
-        return f"https://storage.example/{path}?X-Signature=secret"
+        self.signed.append((method, path, expires))
+        return f"https://storage.example/{path}?X-Signature=secret{len(self.signed)}"
 
 
 def test_a_container_without_a_cloud_sdk_is_given_a_signed_url_that_no_audit_shows(
@@ -203,9 +215,127 @@ def test_a_container_without_a_cloud_sdk_is_given_a_signed_url_that_no_audit_sho
     bench.turn()
     (request,) = bench.world.requests()
     assert (request.input_uri or "").startswith("https://storage.example/inputs/")
+    assert ("GET", f"inputs/{request.batch_id}/{request.key}.jsonl", WEEK) in storage.signed
     assert len(list(storage.list("inputs/"))) == 1
-    (asked,) = bench.sql("SELECT request::text FROM dispatcher.execution")
-    assert "secret" not in asked
+    assert stored_secrets(bench) == []
+
+
+WEEK = timedelta(days=7)
+
+
+def stored_secrets(bench: Bench) -> list[str]:
+    """The rows of the database, of any table, in which a signature stands."""
+    tables = bench.sql("SELECT tablename FROM pg_tables WHERE schemaname = 'dispatcher'")
+    assert len(tables) > 10
+    return [
+        row
+        for table in tables
+        for row in bench.sql(f'SELECT t::text FROM dispatcher."{table}" t')  # noqa: S608 - its own tables
+        if "X-Signature" in row
+    ]
+
+
+def test_each_task_is_given_signed_urls_for_its_receipt_and_progress_and_no_claim(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    storage = Signing(f"file://{tmp_path}/store")
+    one = job(timeout="1h", start_timeout="10m", options={"max_tasks": 3, "signed_urls": True})
+    bench = make_bench(one, settings={**SHARED, "relaunch_safe": False}, storage=storage)
+    bench.enqueue(["a", "b", "c"])
+    bench.turn()
+    (request,) = bench.world.requests()
+    (document,) = storage.documents()
+    results = f"https://storage.example/results/{request.batch_id}/{request.key}"
+    for number, line in enumerate(document):
+        assert line["result_uri"].startswith(f"{results}/{number}.json?X-Signature=secret")
+        assert line["progress_uri"].startswith(f"{results}/{number}.progress.json?X-Signature=")
+    assert (request.result_uri, request.claim_uri) == (None, None)
+    # Three tasks, one after the other: the last one may write this long after the launch.
+    longest = timedelta(minutes=10) + 3 * timedelta(hours=1) + timedelta(minutes=15, seconds=30)
+    assert {e for method, _, e in storage.signed if method == "PUT"} == {longest}
+    assert "secret" not in repr(request.tasks)
+    assert stored_secrets(bench) == []
+
+
+def test_no_url_is_signed_for_longer_than_a_week_and_no_task_may_need_that(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    storage = Signing(f"file://{tmp_path}/store")
+    options = {"max_tasks": 3, "signed_urls": True}
+    bench = make_bench(
+        job(timeout="6d", options=options),
+        job("long", timeout="7d", options=options),
+        job("untold", timeout="7d", options=options, receipt="ignored"),
+        settings=SHARED,
+        storage=storage,
+    )
+    bench.enqueue(["a", "b", "c"])
+    bench.turn()
+    assert {expires for _, _, expires in storage.signed} == {WEEK}
+    with pytest.raises(InvalidInput) as refused:
+        bench.enqueue(["a"], "long")
+    assert str(refused.value) == (
+        "job long gives its tasks signed URLs, which live 7d at most, and a task may write its "
+        "receipt only 7d25m after its launch (start_timeout 10m, timeout 7d, and 15m): shorten "
+        "these, or do without options.signed_urls"
+    )
+    bench.enqueue(["a"], "untold")
+
+
+def test_a_launch_that_is_repeated_is_given_urls_that_are_signed_anew(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    storage = Signing(f"file://{tmp_path}/store")
+    one = job(options={"max_tasks": 3, "signed_urls": True})
+    bench = make_bench(one, settings=SHARED, storage=storage)
+    bench.enqueue(["a", "b", "c"])
+    bench.world.fail_next("launch", Fault.UNAVAILABLE)
+    bench.turn()
+    bench.until(lambda: bool(bench.world.requests()), "it was launched", step=5)
+    (request,) = bench.world.requests()
+    again, first = storage.documents()
+    assert f"{request.key}.2.jsonl" in (request.input_uri or "")
+    assert [line["items"] for line in again] == [line["items"] for line in first]
+    assert not {line["result_uri"] for line in again} & {line["result_uri"] for line in first}
+
+
+def test_signed_urls_keep_packs_so_small_that_they_can_be_signed_in_time(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    storage = Signing(f"file://{tmp_path}/store")
+    options = {"max_tasks": 600, "signed_urls": True}
+    bench = make_bench(
+        job(options=options),
+        job("untold", options=options, receipt="ignored"),
+        settings=SHARED,
+        storage=storage,
+    )
+    bench.enqueue(range(600))
+    bench.turn()
+    bench.enqueue(range(600), "untold")
+    bench.turn()
+    assert sorted(len(request.tasks) for request in bench.world.requests()) == [300, 300, 600]
+
+
+class Unsigning(Storage):
+    """A storage for which nothing can be signed."""
+
+    def sign_all(self, *_: Any, **__: Any) -> list[str]:
+        raise StorageRefused("no permission to sign")
+
+
+def test_urls_that_cannot_be_signed_reject_the_launch_in_the_storages_words(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    bench = make_bench(
+        job(options={"signed_urls": True}), storage=Unsigning(f"file://{tmp_path}/store")
+    )
+    batch = bench.enqueue(["a"])
+    bench.turn(3)
+    (attempt,) = next(iter(bench.dispatcher.chunks(batch.id))).attempts
+    assert attempt.outcome == "rejected"
+    assert attempt.reason == "the URLs for receipts cannot be signed: no permission to sign"
+    assert bench.world.calls["launch"] == 0
 
 
 def test_old_documents_and_results_are_removed(make_bench: MakeBench, storage: Storage) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Literal
 
 import pytest
 import sqlalchemy as sa
@@ -14,6 +15,7 @@ from dispatcher.engine import Engine
 from dispatcher.schedule import Schedule
 from dispatcher.schema import create_engine
 from dispatcher.store import Store
+from dispatcher.storing import Told, tell
 from dispatcher.testing import NullBackend, NullSettings
 
 NOW = datetime(2026, 11, 1, 2, 0, 30, tzinfo=UTC)
@@ -33,9 +35,13 @@ class Site:
         with self.engine.begin() as tx:
             tx.execute(sa.text("UPDATE public.clock SET at = at + :by"), {"by": timedelta(**time)})
 
-    def worker(self, **more: object) -> Engine:
+    def worker(
+        self, receipt: Literal["optional", "required"] = "optional", **more: object
+    ) -> Engine:
         target = Target(name="fake", backend="null", settings=NullSettings())
-        job = Job(name="work", target="fake", command=("x",), items={"source": "m:f"})
+        job = Job(
+            name="work", target="fake", command=("x",), receipt=receipt, items={"source": "m:f"}
+        )
         schedule = self.schedule.model_copy(update=more)
         config = Config({"fake": target}, {"work": job}, "test", {"nightly": schedule})
         store = Store(self.engine, actor="w", now="(SELECT at FROM public.clock)")
@@ -110,6 +116,18 @@ def test_two_that_fire_at_once_make_one_batch(site: Site) -> None:
         thread.join()
     assert len(fired) == len(set(fired)) == 3
     assert site.batches() == 3
+
+
+def test_a_time_that_is_due_while_the_storage_has_to_be_mended_makes_a_batch_that_waits(
+    site: Site,
+) -> None:
+    worker = site.worker(receipt="required")
+    told = tell(Told(results=True, claims=True, storage_problem="there is no such bucket"))
+    home, lease = None, timedelta(days=1)
+    assert worker.store.lease("fake", backend="null", limits=told, home=home, lease=lease) is None
+    worker.fire()
+    site.move(hours=1)
+    assert len(worker.fire()) == 1
 
 
 def test_one_that_cannot_be_enqueued_is_recorded_with_its_reason_and_holds_up_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import threading
 import urllib.error
@@ -11,13 +12,16 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from buckets import FakeGcs, s3_platform, serve_gcs
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from obstore.exceptions import PermissionDeniedError
 
 from dispatcher import storage
 from dispatcher.errors import ConfigurationError, DispatcherError, Unreachable
@@ -175,6 +179,53 @@ class TestDirectories:
             Storage((tmp_path / "a").as_uri()).check()
 
 
+class SignedElsewhere(Storage):
+    """A storage whose signed URLs lead to another server."""
+
+    def __init__(self, url: str, elsewhere: str) -> None:
+        super().__init__(url)
+        self._elsewhere = elsewhere
+
+    def sign(self, path: str, *, method: Any, expires: timedelta) -> str:
+        super().sign(path, method=method, expires=expires)
+        return f"{self._elsewhere}/{path}?X-Signature=secret"
+
+
+class Answering(ThreadingHTTPServer):
+    """Refuses whatever is asked."""
+
+    status = 403
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Refusal(BaseHTTPRequestHandler):
+    server: Answering
+
+    def log_message(self, *_: object) -> None:
+        """The test's output is not the place."""
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        said = b"<Error><Code>AccessDenied</Code><Message>Not valid yet</Message></Error>"
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+
+@pytest.fixture
+def answering() -> Iterator[Answering]:
+    with Answering(("127.0.0.1", 0), _Refusal) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
 class TestSignedUrls:
     def test_a_signed_url_of_s3_writes_and_reads_without_credentials(self, s3: Any) -> None:
         place = Storage("s3://bucket/x")
@@ -205,12 +256,71 @@ class TestSignedUrls:
         assert url.startswith("https://storage.googleapis.com/bucket/x/inputs/a?X-Goog-Algorithm=")
         assert "X-Goog-Expires=3600" in url
 
+    def test_many_are_signed_in_the_order_in_which_they_were_asked_for(self, s3: Any) -> None:  # noqa: ARG002 - its variables
+        paths = [f"results/k/{number}.json" for number in range(40)]
+        signed = Storage("s3://bucket/x").sign_all(paths, method="PUT", expires=AN_HOUR)
+        assert [urlsplit(url).path for url in signed] == [f"/bucket/x/{path}" for path in paths]
+
+    def test_a_check_writes_and_reads_a_probe_by_them_and_removes_it(self, s3: Any) -> None:
+        Storage("s3://bucket/signing").check_signing()
+        assert "Contents" not in s3.list_objects_v2(Bucket="bucket", Prefix="signing/")
+
+    def test_a_check_has_nothing_to_sign_of_a_directory(self, tmp_path: Path) -> None:
+        Storage((tmp_path / "a").as_uri()).check_signing()
+        assert not (tmp_path / "a").exists()
+
+    @pytest.mark.parametrize(
+        ("status", "error", "said"),
+        [
+            (
+                403,
+                StorageRefused,
+                r"is answered 403 Forbidden: AccessDenied: Not valid yet\. The cl",
+            ),
+            (
+                503,
+                Unreachable,
+                r"is answered 503 Service Unavailable: AccessDenied: Not valid yet$",
+            ),
+        ],
+    )
+    def test_a_check_tells_what_the_storage_says_of_them_and_not_what_they_are(
+        self, status: int, error: type[Exception], said: str, s3: Any, answering: Answering
+    ) -> None:  # fmt: skip
+        del s3  # its variables
+        answering.status = status
+        place = SignedElsewhere("s3://bucket/signing", answering.url)
+        with pytest.raises(error, match=f"a URL that was signed here to write s3://.*{said}") as it:
+            place.check_signing()
+        assert "secret" not in str(it.value)
+
+    def test_a_check_of_a_place_where_nobody_answers_them_may_be_repeated(self, s3: Any) -> None:
+        del s3  # its variables
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+            with pytest.raises(Unreachable, match="gets no answer") as it:
+                SignedElsewhere("s3://bucket/signing", url).check_signing()
+        assert "secret" not in str(it.value)
+
     def test_a_longer_time_than_any_provider_signs_for_is_a_mistake(self) -> None:
         with pytest.raises(ValueError, match=r"signed for at most 7 days.*, not for 8 days"):
             Storage("s3://b").sign("a", method="GET", expires=timedelta(days=8))
 
 
 class TestRefusals:
+    def test_a_directory_that_can_never_be_made_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(StorageRefused, match="is not there and cannot be made"):
+            Storage((tmp_path / ("x" * 300)).as_uri()).check()
+
+    def test_a_wrong_clock_is_called_one(self) -> None:
+        error = PermissionDeniedError("<Code>RequestTimeTooSkewed</Code><Message>By 1 h.</Message>")
+        said = str(storage._refusal("cannot write s3://b/k", error))
+        assert said == (
+            "cannot write s3://b/k: the clock of this machine is wrong; "
+            "RequestTimeTooSkewed: By 1 h."
+        )
+
     @pytest.mark.parametrize(
         ("url", "said"),
         [

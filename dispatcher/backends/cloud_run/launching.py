@@ -75,6 +75,11 @@ def env_of(request: LaunchRequest, limits: BackendLimits) -> dict[str, str]:
         env["DISPATCH_CLAIM_URI"] = request.claim_uri
     if not needs_document(request, limits):
         env["DISPATCH_ITEMS"] = first.items
+        # Where there is a document they stand in the task's line of it.
+        if first.result_uri is not None:
+            env["DISPATCH_RESULT_URI"] = first.result_uri
+        if first.progress_uri is not None:
+            env["DISPATCH_PROGRESS_URI"] = first.progress_uri
     elif request.input_uri is not None:
         env["DISPATCH_INPUT_URI"] = request.input_uri
     else:

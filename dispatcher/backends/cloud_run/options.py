@@ -356,8 +356,8 @@ class CloudRunOptions(_Value):
     )
     signed_urls: bool = Field(
         default=False,
-        description="the input document is given as a signed https:// URL, for images without a"
-        " cloud SDK",
+        description="input document, receipt and progress are given as signed https:// URLs, for"
+        " images without a cloud SDK; there is no claim, and a pack has 500 chunks at most",
     )
     definition: DefinitionBlock | None = Field(
         default=None, description="the job as `dispatcher apply` is to make it"
