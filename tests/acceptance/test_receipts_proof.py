@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from dispatcher import Batch, container
 from dispatcher.cli import app
 from dispatcher.emulators.cloud_run import CloudRunEmulator, TaskEnd, TaskStart
+from dispatcher.emulators.cloud_run.processes import ProcessRunner
 from dispatcher.errors import InvalidInput
 from dispatcher.storage import Storage
 from installation import ROOT, Site, until
@@ -119,24 +120,6 @@ def helped(start: TaskStart) -> container.Task:
     return task
 
 
-def contain(start: TaskStart) -> TaskEnd:
-    """Do what PROGRAM does, with the same helper and without a process."""
-    try:
-        container.claim(start.environment)
-    except SystemExit as lost:
-        return TaskEnd(exit_code=int(str(lost.code)))
-    task = helped(start)
-    for item in task.items:
-        if item in POISON:
-            task.flush()
-            if item % 2:
-                return TaskEnd(exit_code=3)
-            return TaskEnd(term_signal=9)
-        task.report(item, ok=True, output=-item)
-    task.close()
-    return TaskEnd(seconds=0.01)
-
-
 @contextmanager
 def local(site: Site) -> Iterator[Storage]:
     """Processes of this machine, with receipts in a bucket."""
@@ -158,8 +141,9 @@ def local(site: Site) -> Iterator[Storage]:
 
 @contextmanager
 def cloud(site: Site) -> Iterator[Storage]:
-    """Tasks of the emulator, with receipts in files."""
-    with CloudRunEmulator(script=contain) as emulator:
+    """Processes of the emulator, with receipts in files."""
+    runner = ProcessRunner({"image": image(site, PROGRAM)}, limit=4)
+    with CloudRunEmulator(runner=runner) as emulator:
         emulator.world.define("project-1", "europe-west1", "etl")
         yield install(
             site,
