@@ -31,10 +31,10 @@ class FakeGcs(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.refused = ""
         """A key of which nothing may be read or written: 403."""
-        self.forbidden: frozenset[str] = frozenset()
-        """Methods that nobody may use on any key: 403."""
         self.seen: list[tuple[str, str, dict[str, str]]] = []
         self.lock = threading.Lock()
+        self.forbidden: frozenset[str] = frozenset()
+        """Methods that nobody may use on any key: 403."""
 
     @property
     def url(self) -> str:
