@@ -484,8 +484,7 @@ class TestACheck:
         exit_code, level, said = checked(site, "storage")
         assert (exit_code, level) == (1, "fail")
         assert "cannot read s3://bucket/x/checks/" in said
-        assert ": no permission; the credentials are those that this process's" in said
-        assert f"The storage says: {code}: {message}" in said
+        assert f"{code}: {message}" in said
 
     def test_finds_a_job_whose_receipts_would_have_no_place(self, site: Site) -> None:
         site.environment["DISPATCHER_STORAGE_URL"] = ""
