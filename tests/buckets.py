@@ -38,6 +38,8 @@ class FakeGcs(ThreadingHTTPServer):
 
         self.seen: list[tuple[str, str, dict[str, str]]] = []
         self.lock = threading.Lock()
+        self.forbidden: frozenset[str] = frozenset()
+        """Methods that nobody may use on any key: 403."""
 
     @property
     def url(self) -> str:
@@ -123,7 +125,7 @@ class _Api(BaseHTTPRequestHandler):
         if bucket != "bucket":
             text = b"<Error><Code>NoSuchBucket</Code><Message>It is not there.</Message></Error>"
             self._answer(404, text)
-        elif key and key == self.server.refused:
+        elif key and (key == self.server.refused or self.command in self.server.forbidden):
             self._answer(403, b"<Error><Code>AccessDenied</Code><Message>No.</Message></Error>")
         else:
             return False

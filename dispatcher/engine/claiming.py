@@ -39,23 +39,40 @@ class Claims:
     def winner(self, place: Place, key: str, handle: Handle) -> Handle | None:
         """Name the execution that has claimed a key; None if nobody has.
 
+        Raises:
+            Unreachable: the storage does not answer.
+        """
+        name = self._holder(place, key)
+        return None if name is None else place.backend.winner(handle, name)
+
+    def begun(self, place: Place, key: str) -> bool:
+        """Whether an execution that nobody can find has begun the work of a key.
+
+        If not, none does so any more: the claim is nobody's from now on.
+
+        Raises:
+            Unreachable: the storage does not answer.
+        """
+        self._give(place, key, NOBODY)
+        return self._holder(place, key) not in {None, NOBODY.decode()}
+
+    def _holder(self, place: Place, key: str) -> str | None:
+        """Read the name that has claimed a key; None if there is none.
+
         What is no name of an execution is no claim: a container may write anything.
 
         Raises:
             Unreachable: the storage does not answer.
         """
-        claims = place.claims
-        if claims is None:
+        if place.claims is None:
             return None
         try:
-            data = claims.read(claim_path(key), NAME_BYTES)
+            data = place.claims.read(claim_path(key), NAME_BYTES)
         except StorageRefused as error:
             log.warning("a claim cannot be read", key=key, why=str(error))
             return None
         name = "" if data is None else data.decode(errors="replace").strip()
-        if not NAME.fullmatch(name):
-            return None
-        return place.backend.winner(handle, name)
+        return name if NAME.fullmatch(name) else None
 
     def decide(self, place: Place, key: str, handle: Handle) -> Handle | None:
         """Name the execution that does the work of a key, before a double of it is stopped.

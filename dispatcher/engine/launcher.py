@@ -432,17 +432,36 @@ class Launcher:
         looks = 1 if limits.relaunch_safe else 2
         if can_be_found or row.looks + 1 < looks:
             self._store.looked(row.id, delay)
-        elif row.cancel_kind is not None:
+        elif row.cancel_kind is None and row.calls < MOST_CALLS:
+            self._repeat(place, row, call, "not found by its key")
+        else:
+            self._give_up(place, row, missing=-left, delay=delay)
+
+    def _give_up(self, place: Place, row: ExecutionRow, *, missing: float, delay: float) -> None:
+        """End an execution that is not to be found, unless its claim says that it has begun.
+
+        Its work may not be begun by a retry as well. So its record is waited for, as long as for
+        one that has vanished; `missing` and `delay` are seconds.
+        """
+        try:
+            begun = self._claims.begun(place, row.key)
+        except Unreachable as error:
+            log.warning("a claim cannot be read now", key=row.key, why=str(error))
+            self._store.postpone_look(row.id, delay)
+            return
+        if begun and missing < place.backend.limits.absent_grace.total_seconds():
+            self._store.looked(row.id, delay)
+            return
+        if row.cancel_kind is not None:
             rest = ASKED[CancelKind(row.cancel_kind)]
-            self._settler.settle(place, [Ending(row.id, final=True, rest=rest, call=row.calls)])
-        elif row.calls >= MOST_CALLS:
+        elif begun:
+            rest = (Outcome.LOST, "its claim says that it ran, and the provider does not know it")
+        else:
             rest = (
                 Outcome.START_FAILED,
                 f"{row.calls} launch calls got no clear answer and started nothing",
             )
-            self._settler.settle(place, [Ending(row.id, final=True, rest=rest, call=row.calls)])
-        else:
-            self._repeat(place, row, call, "not found by its key")
+        self._settler.settle(place, [Ending(row.id, final=True, rest=rest, call=row.calls)])
 
     def calls_allowed(self, place: Place, wanted: int) -> int:
         """Say how many calls may be made again now, and take their tokens from the bucket."""

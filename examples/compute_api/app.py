@@ -308,7 +308,11 @@ def _no_such(_: Request, error: Exception) -> Response:
 
 
 def _later(_: Request, error: Exception) -> Response:
-    said = "the database does not answer" if isinstance(error, sa.exc.OperationalError) else error
+    said: object = error
+    if isinstance(error, sa.exc.OperationalError):
+        said = "the database does not answer"
+    elif isinstance(error, sa.exc.TimeoutError):
+        said = "all connections to the database are in use"
     return failure(503, f"try again: {said}", **{"Retry-After": RETRY_AFTER})
 
 
@@ -338,6 +342,7 @@ def create_app(dispatcher: Dispatcher, engine: sa.Engine, tokens: Mapping[str, s
     app.add_exception_handler(NoSuchComputation, _no_such)
     app.add_exception_handler(Unreachable, _later)
     app.add_exception_handler(sa.exc.OperationalError, _later)
+    app.add_exception_handler(sa.exc.TimeoutError, _later)  # none of the pool became free in time
     return app
 
 

@@ -114,6 +114,38 @@ def test_tables_are_listed_with_the_size_of_their_rows_and_the_place_of_their_da
     assert [status for status, _ in front.refused] == [404]
 
 
+@pytest.mark.long
+def test_every_table_is_exported_exactly_once_whatever_the_number_of_tables_and_tasks(
+    front: Front, site: Site
+) -> None:
+    there: dict[str, Rows] = {}
+    with Story.begun(site) as story:
+        for day, count, tasks, chunks in (
+            (23, 0, 10, 0),
+            (24, 1, 10, 1),
+            (25, 10, 30, 10),
+            (26, 30, 10, 10),
+        ):
+            night = f"2026-11-{day}"
+            for number in range(len(there), count):
+                name = f"t{number:02}"
+                there[name] = fill(name, [(row, f"of {name}") for row in range(number % 3)])
+            front.extracts.clear()
+            batch = story.export(night, tasks)
+            assert batch.chunk_count == chunks
+            assert sorted(front.extracts) == sorted(
+                Run(PLACE, name, night, 1).job_id for name in there
+            )
+            outputs = story.outputs(batch)
+            assert {name: told["rows"] for name, told in outputs.items()} == {
+                name: len(rows) for name, rows in there.items()
+            }
+            for name, rows in there.items():
+                manifest, seen = visible(front.emulators, name)
+                assert (manifest["night"], seen) == (night, rows)
+    assert front.refused == []
+
+
 def test_each_night_shows_its_rows_whole_and_nothing_of_the_night_before(
     front: Front, site: Site
 ) -> None:

@@ -98,6 +98,30 @@ def test_every_table_is_exported_exactly_once_whatever_the_number_of_tables_and_
     assert house.refused == []
 
 
+@pytest.mark.long
+def test_a_thousand_tables_are_exported_and_published_exactly_once(
+    story: Story, warehouse: Warehouse
+) -> None:
+    house = warehouse
+    house.tables = {f"t{n:03}": Table(rows=n, size=n * 1000) for n in range(1000)}
+    published = Counter[str]()
+    house.before_write = lambda name: published.update([name])
+    batch = story.export(MONDAY, tasks=4)
+    assert {name: house.extracted(name) for name in house.tables} == {
+        name: [Run(PLACE, name, MONDAY, 1).job_id] for name in house.tables
+    }
+    assert published == {f"{SHOP}{name}/manifest.json": 1 for name in house.tables}
+    outputs = story.outputs(batch)
+    assert {name: told["rows"] for name, told in outputs.items()} == {
+        name: table.rows for name, table in house.tables.items()
+    }
+    for name in house.tables:
+        shown = visible(house, name)
+        assert (shown["night"], shown["content"]) == (MONDAY, ["some rows 0"])
+    assert len(house.objects) == 2 * len(house.tables)
+    assert house.refused == []
+
+
 def test_a_night_runs_again_only_what_failed_and_shows_the_old_export_until_the_new_one_is_whole(
     story: Story, warehouse: Warehouse
 ) -> None:

@@ -346,6 +346,30 @@ def test_a_database_that_does_not_answer_is_told_as_try_again(site: Site) -> Non
         assert answer.json() == {"detail": "try again: the database does not answer"}
 
 
+def test_a_database_whose_connections_are_all_in_use_is_told_as_try_again(site: Site) -> None:
+    shutil.copy(HERE / "jobs.yaml", site.jobs)
+    engine = sa.create_engine(site.database_url, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    tables.create_all(engine)
+    client = Client(create_app(site.dispatcher(), engine, TOKENS))
+    headers = {**ANN, "Idempotency-Key": "k"}
+    begun = client.post("/computations", json={"upto": 1}, headers=headers).json()
+
+    def ask() -> list[httpx.Response]:
+        return [
+            client.post("/computations", json={"upto": 1}, headers=headers),
+            client.get(f"/computations/{begun['id']}", headers=headers),
+        ]
+
+    with engine.connect():
+        refused = ask()
+    served = ask()
+    client.close()
+    for answer in refused:
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+        assert answer.json() == {"detail": "try again: all connections to the database are in use"}
+    assert [answer.status_code for answer in served] == [202, 200]
+
+
 def test_the_application_is_made_from_its_settings(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

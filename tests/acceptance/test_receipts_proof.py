@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from dispatcher import Batch, container
 from dispatcher.cli import app
 from dispatcher.emulators.cloud_run import CloudRunEmulator, TaskEnd, TaskStart
+from dispatcher.emulators.cloud_run.processes import ProcessRunner
 from dispatcher.errors import InvalidInput
 from dispatcher.storage import Storage
 from installation import ROOT, Site, until
@@ -119,24 +120,6 @@ def helped(start: TaskStart) -> container.Task:
     return task
 
 
-def contain(start: TaskStart) -> TaskEnd:
-    """Do what PROGRAM does, with the same helper and without a process."""
-    try:
-        container.claim(start.environment)
-    except SystemExit as lost:
-        return TaskEnd(exit_code=int(str(lost.code)))
-    task = helped(start)
-    for item in task.items:
-        if item in POISON:
-            task.flush()
-            if item % 2:
-                return TaskEnd(exit_code=3)
-            return TaskEnd(term_signal=9)
-        task.report(item, ok=True, output=-item)
-    task.close()
-    return TaskEnd(seconds=0.01)
-
-
 @contextmanager
 def local(site: Site) -> Iterator[Storage]:
     """Processes of this machine, with receipts in a bucket."""
@@ -158,8 +141,9 @@ def local(site: Site) -> Iterator[Storage]:
 
 @contextmanager
 def cloud(site: Site) -> Iterator[Storage]:
-    """Tasks of the emulator, with receipts in files."""
-    with CloudRunEmulator(script=contain) as emulator:
+    """Processes of the emulator, with receipts in files."""
+    runner = ProcessRunner({"image": image(site, PROGRAM)}, limit=4)
+    with CloudRunEmulator(runner=runner) as emulator:
         emulator.world.define("project-1", "europe-west1", "etl")
         yield install(
             site,
@@ -366,31 +350,36 @@ with container.run() as task:
 # --- a storage that cannot be used ----------------------------------------------------------------
 
 
-class _Skewed(BaseHTTPRequestHandler):
-    """An S3 that finds its clients' clocks wrong, in the words of S3's documentation."""
+class _Refusing(ThreadingHTTPServer):
+    """An S3 that refuses every read, in the words of S3's documentation."""
 
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Refusal)
+        self.code = self.message = ""
+
+
+class _Refusal(BaseHTTPRequestHandler):
+    server: _Refusing
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
         """The test's output is not the place."""
 
     def do_GET(self) -> None:
-        data = (
-            b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference between the request "
-            b"time and the current time is too large.</Message></Error>"
-        )
+        told = self.server
+        text = f"<Error><Code>{told.code}</Code><Message>{told.message}</Message></Error>"
         self.send_response(403)
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(text)))
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(text.encode())
 
 
 @pytest.fixture
-def skewed() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Skewed) as server:
+def refusing() -> Iterator[_Refusing]:
+    with _Refusing() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield server
         server.shutdown()
         thread.join()
 
@@ -440,6 +429,28 @@ class TestACheck:
         assert (code, level) == (1, "fail")
         assert "there is no such bucket; make it, or mend the storage URL" in said
 
+    @pytest.mark.parametrize(
+        ("method", "verb"), [("GET", "read"), ("PUT", "write"), ("DELETE", "delete")]
+    )
+    def test_finds_what_the_credentials_have_no_permission_for(
+        self, site: Site, method: str, verb: str
+    ) -> None:
+        with serve_gcs() as gcs:
+            gcs.forbidden = frozenset({method})
+            site.environment |= {
+                "GOOGLE_SERVICE_ACCOUNT_KEY": gcs.account(),
+                "GOOGLE_ALLOW_HTTP": "true",
+                "DISPATCHER_STORAGE_URL": "gs://bucket/x",
+            }
+            code, level, said = checked(site, "storage")
+        assert (code, level) == (1, "fail")
+        assert f"cannot {verb} gs://bucket/x/checks/" in said
+        assert (
+            ": no permission; the credentials are those that this process's platform gives it. "
+            "The storage says: AccessDenied: No.; mend DISPATCHER_STORAGE_URL, or what the "
+            "credentials of this machine may do there"
+        ) in said
+
     def test_finds_that_nobody_answers(self, site: Site) -> None:
         with serve_gcs() as gcs:
             account = gcs.account()
@@ -452,20 +463,28 @@ class TestACheck:
         assert (code, level) == (4, "fail")
         assert "cannot read gs://bucket/x/checks/" in said
 
-    def test_gives_the_words_of_a_storage_that_finds_this_clock_wrong(
-        self, site: Site, skewed: str
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            ("AccessDenied", "Access Denied"),
+            (
+                "RequestTimeTooSkewed",
+                "The difference between the request time and the current time is too large.",
+            ),
+        ],
+    )
+    def test_gives_the_words_of_a_storage_that_refuses_these_credentials_or_this_clock(
+        self, site: Site, refusing: _Refusing, code: str, message: str
     ) -> None:
+        refusing.code, refusing.message = code, message
         site.environment |= {
-            "AWS_ENDPOINT_URL": skewed,
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_ACCESS_KEY_ID": "anyone",
-            "AWS_SECRET_ACCESS_KEY": "anything",
-            "AWS_REGION": "us-east-1",
+            **s3_platform(f"http://127.0.0.1:{refusing.server_port}"),
             "DISPATCHER_STORAGE_URL": "s3://bucket/x",
         }
-        code, level, said = checked(site, "storage")
-        assert (code, level) == (1, "fail")
-        assert "RequestTimeTooSkewed: The difference between the request time and" in said
+        exit_code, level, said = checked(site, "storage")
+        assert (exit_code, level) == (1, "fail")
+        assert "cannot read s3://bucket/x/checks/" in said
+        assert f"{code}: {message}" in said
 
     def test_finds_a_job_whose_receipts_would_have_no_place(self, site: Site) -> None:
         site.environment["DISPATCHER_STORAGE_URL"] = ""

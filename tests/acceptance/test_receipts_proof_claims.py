@@ -7,16 +7,16 @@ process: thousands of them cost no more than their files.
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
 import pytest
+from launch_once import LAUNCHES, assert_all_struck, hurry, kill_every_second, misbehave, staff
 from workbench import HERE, Bench, job
 
 from dispatcher import container, schema
@@ -24,18 +24,12 @@ from dispatcher.backends.cloud_run import CloudRunBackend
 from dispatcher.client import Dispatcher
 from dispatcher.config import load_config
 from dispatcher.emulators.cloud_run import CloudRunEmulator, EmulatorOptions, TaskEnd, TaskStart
-from dispatcher.emulators.cloud_run.faults import (
-    lose_reply,
-    refuse,
-    slow_cancel,
-    slow_start,
-    stale_lists,
-)
+from dispatcher.emulators.cloud_run.faults import slow_cancel, slow_start
 from dispatcher.engine import Engine
 from dispatcher.storage import Storage
 from dispatcher.store import Store
 from dispatcher.testing import Fault
-from installation import Site, until
+from installation import Nursery, Site, until
 
 JOBS: Final = """
 targets:
@@ -57,7 +51,7 @@ jobs:
     target: cloud
     options: {job: etl}
     receipt: required
-    retry: {attempts: 1, infrastructure_attempts: 1}
+    retry: {attempts: 1, infrastructure_attempts: 3, initial: 1s}
   packed:
     <<: *etl
     chunk: {size: 2}
@@ -65,127 +59,121 @@ jobs:
 """
 
 
-DOUBLED: Final = 8
+PACKS: Final = 50
+"""Launches of five chunks, which have two items each; the others are of one item."""
+
+DOUBLED: Final = 25
 """Keys of which a second execution must have come to be, or it would prove nothing."""
-
-
-KILLS: Final = 3
 
 
 class Containers:
     """The image: each task claims, works for a while, then does the effect of each of its items.
 
     Attributes:
-        twice: items whose effect was there already.
-        left: executions that left because another one had claimed their work.
+        did: the executions that did the effect of each item.
+        left: how executions ended that left because another one had claimed their work.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.effects = folder / "effects"
-        self.effects.mkdir()
-        self.twice: list[str] = []
-        self.left: set[str] = set()
+    def __init__(self) -> None:
+        self.did: dict[str, list[str]] = {}
+        self.left: dict[str, int] = {}
         self._chance = random.Random(5)  # noqa: S311 - how long a task takes
 
     def script(self, start: TaskStart) -> TaskEnd:
         try:
             container.claim(start.environment)
         except SystemExit as lost:
-            self.left.add(start.execution)
-            return TaskEnd(exit_code=int(str(lost.code)))
+            code = self.left[start.execution] = int(str(lost.code))
+            return TaskEnd(exit_code=code)
 
         def work() -> None:
             task = container.Task(start.environment)
             for item in task.items:
-                try:
-                    (self.effects / str(item)).touch(exist_ok=False)
-                except FileExistsError:
-                    self.twice.append(item)
+                self.did.setdefault(item, []).append(start.execution)
                 task.report(item, ok=True)
             task.close()
 
-        return TaskEnd(seconds=self._chance.uniform(0.1, 2.0), effect=work)
+        return TaskEnd(seconds=self._chance.uniform(0.5, 2.5), effect=work)
 
 
-def doubled(cloud: CloudRunEmulator) -> set[str]:
-    """The keys that more than one execution was started for."""
-    started = Counter(one.env["DISPATCH_KEY"] for one in cloud.world.executed)
-    return {key for key, times in started.items() if times > 1}
+def assert_losers_did_nothing(
+    containers: Containers,
+    doubled: Mapping[str, set[str]],
+    followed: Mapping[str, str],
+    claims: Path,
+) -> None:
+    """Look whether whoever came second left at once, and whoever came first was followed."""
+    worked = {name for names in containers.did.values() for name in names}
+    assert containers.left
+    assert set(containers.left.values()) == {94}
+    assert not worked & set(containers.left)
+    for key, names in doubled.items():
+        claimed = (claims / key).read_text()
+        if claimed == "nobody":  # it was given up before one of them began
+            assert not names & worked
+            continue
+        (worker,) = names & worked
+        assert worker.endswith(f"/{claimed}")
+        assert followed[key] == worker, "who holds the claim is followed"
 
 
 @pytest.mark.long
 @pytest.mark.timeout(180)
 def test_where_launches_are_doubled_each_items_effect_comes_once(site: Site) -> None:
-    containers = Containers(site.folder)
+    containers = Containers()
     with CloudRunEmulator(script=containers.script, options=EmulatorOptions(seed=6)) as cloud:
         cloud.world.define("project-1", "europe-west1", "etl")
         site.write_jobs(JOBS.replace("ENDPOINT", cloud.grpc_address))
-        # Shorter than in production, so that the test is: what they guard stays the same.
-        site.environment |= {
-            "DISPATCHER_STORAGE_URL": (site.folder / "storage").as_uri(),
-            "DISPATCHER_LEASE": "1.5s",
-            "DISPATCHER_HEARTBEAT": "0.5s",
-            "DISPATCHER_CALL_WINDOW": "1s",
-            "DISPATCHER_SWEEP_INTERVAL": "1s",
-            "DISPATCHER_LAUNCH_CONCURRENCY": "64",
-        }
-        cloud.faults.add(
-            refuse("Jobs.RunJob", code="RESOURCE_EXHAUSTED", skip=20, times=3),
-            refuse("Jobs.RunJob", share=0.1),
-            lose_reply("Jobs.RunJob", share=0.15),
-            lose_reply("Jobs.RunJob", "drop", share=0.15),
-            stale_lists(20.0),  # ten times as long as a launch is looked for
-            slow_start(2.0, share=0.3),
-            slow_cancel(2.0),
-        )
-        workers = [site.worker(), site.worker()]
-        chance = random.Random(7)  # noqa: S311 - picks victims
-        began = time.monotonic()
+        site.environment["DISPATCHER_STORAGE_URL"] = (site.folder / "storage").as_uri()
+        hurry(site)
+        misbehave(cloud, list_lag=6.0)  # three times as long as a launch is looked for
+        cloud.faults.add(slow_start(2.0, share=0.3), slow_cancel(2.0))
+        singles = [f"single-{n}" for n in range(LAUNCHES - PACKS)]
+        packed = [f"packed-{n}" for n in range(PACKS * 5 * 2)]
+        nursery = Nursery(site)
         try:
+            workers = staff(nursery)
             with site.dispatcher() as dispatcher:
                 batches = [
-                    dispatcher.enqueue("single", [f"single-{n}" for n in range(50)]),
-                    dispatcher.enqueue("packed", [f"packed-{n}" for n in range(100)]),
+                    dispatcher.enqueue("single", singles),
+                    dispatcher.enqueue("packed", packed),
                 ]
-                for number in range(KILLS):
-                    # The one place where a test may wait for a time: a kill every two seconds.
-                    threading.Event().wait(max(0.0, began + 2 * (number + 1) - time.monotonic()))
-                    victim = chance.randrange(2)
-                    workers[victim].kill()
-                    workers[victim].wait()
-                    workers[victim] = site.start("worker")
-                until(lambda: len(doubled(cloud)) >= DOUBLED, "launches were doubled", 60)
-                cloud.faults.clear()
+                toll = kill_every_second(site, nursery, workers, cloud, *batches)
                 ended = [dispatcher.wait(batch.id, 60) for batch in batches]
-                took = time.monotonic() - began
                 attempts = [
                     attempt
                     for batch in ended
                     for chunk in dispatcher.chunks(batch.id)
                     for attempt in chunk.attempts
                 ]
-            until(lambda: not cloud.world.running, "no double runs on", 90)
+            until(lambda: not cloud.world.running, "no double runs on", 60)
         except BaseException:
             print(site.logs())  # noqa: T201 - shown by pytest where it failed
             raise
+        finally:
+            nursery.close()
+        figures = assert_all_struck(cloud, toll)
         rows = site.sql("SELECT key, handle FROM dispatcher.execution WHERE NOT stray")
         followed = {str(key): str(handle) for key, handle in rows}
-        names = {one.name: one.env["DISPATCH_KEY"] for one in cloud.world.executed}
+        executions: dict[str, set[str]] = {}
+        for one in cloud.world.executed:
+            executions.setdefault(one.env["DISPATCH_KEY"], set()).add(one.name)
 
-    assert [batch.state for batch in ended] == ["succeeded"] * 2
-    assert containers.twice == []
-    done = {f"single-{n}" for n in range(50)} | {f"packed-{n}" for n in range(100)}
-    assert {path.name for path in containers.effects.iterdir()} == done
-    assert Counter(attempt.outcome for attempt in attempts) == {"succeeded": 100}
-    assert containers.left
-    for key in doubled(cloud):
-        claimed = (site.folder / "storage" / "claims" / key).read_text()
-        assert followed[key].endswith(f"/{claimed}"), "who holds the claim is followed"
-        assert names[followed[key]] == key
+    doubled = {key: names for key, names in executions.items() if len(names) > 1}
     print(  # noqa: T201 - the figures of the proof
-        f"{took:.1f} s, {KILLS} kills, {len(names)} executions of 60, {len(doubled(cloud))} keys "
-        f"doubled, {len(containers.left)} left, {dict(cloud.faults.struck)}"
+        f"{figures}, {len(cloud.world.executed)} executions, {len(doubled)} keys doubled, "
+        f"{len(containers.left)} left"
     )
+    assert [batch.state for batch in ended] == ["succeeded"] * 2, figures
+    times = {item: len(executions) for item, executions in containers.did.items()}
+    assert times == dict.fromkeys([*singles, *packed], 1)
+    outcomes = Counter(attempt.outcome for attempt in attempts)
+    assert outcomes.pop("succeeded") == len(singles) + PACKS * 5
+    # Five calls in a row that came to nothing end an attempt, or a pack of five: hardly ever.
+    assert set(outcomes) <= {"start_failed"}
+    assert outcomes.total() <= 10, "none of it costs an attempt"
+    assert len(doubled) >= DOUBLED, figures
+    assert_losers_did_nothing(containers, doubled, followed, site.folder / "storage" / "claims")
 
 
 # --- what is stopped as a double ------------------------------------------------------------------
@@ -242,7 +230,8 @@ class Late:
 
     def __init__(self, folder: Path, database_url: str, cloud: CloudRunEmulator) -> None:
         jobs = folder / "jobs.yaml"
-        jobs.write_text(JOBS.replace("ENDPOINT", cloud.grpc_address))
+        once = JOBS.replace("infrastructure_attempts: 3", "infrastructure_attempts: 1")
+        jobs.write_text(once.replace("ENDPOINT", cloud.grpc_address))
         config = load_config(str(jobs))
         self.ahead = 0.0
         self._closing = ExitStack()

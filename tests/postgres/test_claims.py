@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from workbench import HERE, Bench, job
 
+from dispatcher import container
 from dispatcher.backends.base import Launched
 from dispatcher.client import Batch
 from dispatcher.errors import Unreachable
@@ -237,3 +238,81 @@ def test_an_execution_that_has_just_ended_is_no_stray_of_a_list_that_lags(
     bench.advance(600)
     bench.engine.sweep_strays(HERE)
     assert bench.sql("SELECT count(*) FROM dispatcher.execution WHERE stray") == [1], "it runs on"
+
+
+# --- given up without having been found -----------------------------------------------------------
+
+
+def unfound(make_bench: MakeBench, storage: Storage) -> tuple[Bench, Batch, str]:
+    """Have every call of a launch lose its reply, and no record of it appear.
+
+    The bench, the batch and the key, which nobody has claimed.
+    """
+    bench = make_bench(
+        job(retry={"attempts": 1, "infrastructure_attempts": 1}),
+        settings={"relaunch_safe": False, "find_grace": "5s", "absent_grace": "5m"},
+        storage=storage,
+    )
+    bench.script(seconds=1000)
+    batch = bench.enqueue([1])
+    bench.plan()
+    bench.world.fail_next("launch", Fault.REPLY_LOST, times=5)
+    bench.world.find_lag = timedelta(hours=1)
+    bench.launch()
+    bench.until(lambda: len(bench.world.requests()) == 5, "it was called five times", step=5)
+    assert batch.refresh().state == "running"
+    return bench, batch, bench.world.requests()[0].key
+
+
+def test_a_launch_that_nobody_can_find_is_not_given_up_while_one_has_claimed_its_work(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, batch, key = unfound(make_bench, storage)
+    storage.create(f"claims/{key}", f"{key}.3".encode())
+    for _ in range(8):
+        bench.turn(30)
+    assert batch.refresh().state == "running", "a retry would do the same work once more"
+    assert len(bench.world.requests()) == 5
+    bench.world.find_lag = timedelta(0)
+    end(bench, f"{key}.3", Outcome.SUCCEEDED, 0)
+    for number in (1, 2, 4, 5):
+        end(bench, f"{key}.{number}", Outcome.FAILED, 94)
+    assert bench.finish(batch, step=20).state == "succeeded"
+    (chunk,) = bench.dispatcher.chunks(batch.id)
+    assert [attempt.outcome for attempt in chunk.attempts] == ["succeeded"]
+
+
+def test_a_launch_whose_claim_was_taken_and_whose_record_never_comes_is_lost(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, batch, key = unfound(make_bench, storage)
+    storage.create(f"claims/{key}", f"{key}.3".encode())
+    assert bench.finish(batch, step=60).state == "failed"
+    (chunk,) = bench.dispatcher.chunks(batch.id)
+    (attempt,) = chunk.attempts
+    assert (attempt.outcome, attempt.reason) == (
+        "lost",
+        "its claim says that it ran, and the provider does not know it",
+    )
+
+
+def test_what_is_given_up_before_it_began_can_begin_no_more(
+    make_bench: MakeBench, storage: Flaky
+) -> None:
+    bench, batch, key = unfound(make_bench, storage)
+    storage.down = True
+    for _ in range(4):
+        bench.turn(30)
+    assert batch.refresh().state == "running", "who has claimed it cannot be known now"
+    storage.down = False
+    assert bench.finish(batch, step=20).state == "failed"
+    (chunk,) = bench.dispatcher.chunks(batch.id)
+    assert [attempt.outcome for attempt in chunk.attempts] == ["start_failed"]
+    with pytest.raises(SystemExit) as left:
+        container.claim(
+            {
+                "DISPATCH_CLAIM_URI": storage.uri(f"claims/{key}"),
+                "CLOUD_RUN_EXECUTION": f"{key}.1",
+            }
+        )
+    assert left.value.code == container.EXIT_CLAIMED_BY_ANOTHER
