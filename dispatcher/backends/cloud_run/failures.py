@@ -4,7 +4,7 @@
     429 RESOURCE_EXHAUSTED, RATE_LIMIT_EXCEEDED    Unavailable, clear     Unavailable, meter told
     400 invalid, precondition; 401; 403; 404;      Rejected               Unavailable, or Rejected
     405; 413; 501                                                         where the caller can tell
-    credentials missing or refused                 Rejected               the same
+    credentials missing or refused                 Rejected               as 401
     credentials cannot be had now                  Unavailable, clear     Unavailable
     anything else: 409, 499, 5xx, deadline,        Unavailable, open      Unavailable
     dropped connection, an unreadable answer
@@ -69,11 +69,28 @@ _HINTS: Final[tuple[tuple[type[Exception], str], ...]] = (
 
 def words(error: BaseException) -> str:
     """Give what the provider said, short and without the client's own dump."""
-    said = error.message if isinstance(error, api.GoogleAPICallError) else str(error)
+    said = _said_over_rest(error)
+    if said is None:
+        said = error.message if isinstance(error, api.GoogleAPICallError) else str(error)
     text = " ".join(str(said).split()) or type(error).__name__
     if isinstance(error, api.GoogleAPICallError) and error.code is not None:
         text = f"{int(error.code)} {text}"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def _said_over_rest(error: BaseException) -> str | None:
+    """Read the provider's own words from the body of an answer over REST; None if it has none.
+
+    The client puts the verb and the whole URL before them.
+    """
+    response = getattr(error, "response", None)
+    if not isinstance(response, requests.Response):
+        return None
+    try:
+        said = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return said if isinstance(said, str) and said else None
 
 
 def is_missing(error: BaseException) -> bool:
@@ -127,7 +144,17 @@ def calling(meter: Meter, kind: Literal["read", "write", "logs"], what: str) -> 
     except CLIENT_ERRORS as error:
         if _is_throttle(error):
             meter.throttled(kind)
-        raise at_read(error, what) from error
+        answer = _answer(error)
+        raise at_read(answer, what) from answer
+
+
+def _answer(error: Exception) -> Exception:
+    """Give what a call was answered: over REST a session that can renew no token hides the 401."""
+    if isinstance(error, auth.GoogleAuthError) and not _may_pass(error):
+        answer = api.Unauthorized(words(error))
+        answer.__cause__ = error
+        return answer
+    return error
 
 
 def _is_throttle(error: Exception) -> bool:
@@ -137,7 +164,9 @@ def _is_throttle(error: Exception) -> bool:
 
 
 def _may_pass(error: auth.GoogleAuthError) -> bool:
-    return bool(error.retryable) or isinstance(error, auth.TransportError)
+    # A metadata server that cannot be reached is told as a refusal that was caused by that.
+    causes = (error, error.__cause__)
+    return bool(error.retryable) or any(isinstance(one, auth.TransportError) for one in causes)
 
 
 def _retry_after(error: Exception) -> timedelta | None:
