@@ -256,6 +256,9 @@ class LaunchRequest:
     wrapped: bool = False
     """The image's entry wrapper takes each task's args and env from the input document."""
 
+    clear_args: bool = False
+    """The tasks, which have no args, run without those of the target's own definition too."""
+
     labels: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -188,11 +188,13 @@ def run_request(
 ) -> run_v2.RunJobRequest:
     """Write the call that starts an execution of a job.
 
-    Without args of the job's own the definition's stay: empty args mean "unset" there [C].
+    Without args of the job's own the definition's stay, unless it says that there are to be none:
+    empty args mean "unset" there [C].
     """
     override = run_v2.RunJobRequest.Overrides.ContainerOverride(
         name=container,
         args=() if request.wrapped else list(request.tasks[0].args),
+        clear_args=_clears_args(request),
         env=[run_v2.EnvVar(name=name, value=value) for name, value in env.items()],
     )
     return run_v2.RunJobRequest(
@@ -238,7 +240,14 @@ def strict_job(
             part.env = [*kept, *(run_v2.EnvVar(name=n, value=v) for n, v in env.items())]
             if request.tasks[0].args and not request.wrapped:
                 part.args = list(request.tasks[0].args)
+            elif _clears_args(request):
+                part.args = []
     return job
+
+
+def _clears_args(request: LaunchRequest) -> bool:
+    """Whether the definition's args are to go: with the wrapper they are the image's command."""
+    return request.clear_args and not request.wrapped and not request.tasks[0].args
 
 
 def _whole_seconds(timeout: timedelta) -> timedelta:
