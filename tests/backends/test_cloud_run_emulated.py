@@ -210,6 +210,7 @@ def test_refusals_are_rejected_with_the_providers_words(cloud: Cloud) -> None:
         backend.launch(request())
     cloud.emulator.world.permissions = None
     cloud.emulator.world.authenticated = False
+    cloud.clock.ahead += 60  # what was refused of the job holds for a moment
     with pytest.raises(Rejected, match=r"401 .*credentials"):
         backend.launch(request())
     assert cloud.emulator.world.executed == []

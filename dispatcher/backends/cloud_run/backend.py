@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -45,6 +46,7 @@ from dispatcher.backends.cloud_run.options import (
     CloudRunSettings,
 )
 from dispatcher.backends.cloud_run.reading import PAGE, Reader
+from dispatcher.backends.cloud_run.refusals import Refusals
 from dispatcher.job import Job
 
 __all__ = ["CloudRunBackend"]
@@ -59,6 +61,12 @@ LIVE_KEPT: Final = 300.0
 
 MOST_DELETED: Final = 20
 """Jobs of mode `strict` that one round of cleaning removes: writes have a low quota."""
+
+MAKES_JOBS: Final = (
+    "give the workers' account run.jobs.create, run.jobs.get and run.jobs.delete on the project, "
+    "and iam.serviceAccounts.actAs on the job's account; or set the job's parallelism to 0 and "
+    "limit it by `limits.running`, and leave options.mode out"
+)
 
 INSTANCE_LABEL: Final = "dispatcher-instance"
 
@@ -95,8 +103,10 @@ class CloudRunBackend:
         self._clients = Clients(settings)
         self._memory = Memory(monotonic)
         self._reader = Reader(settings, self._clients, meter, self._memory, monotonic)
+        self._refusals = Refusals(monotonic)
         self._lock = Lock()
         self._live: dict[str, tuple[run_v2.Job, float]] = {}
+        self._unreadable: dict[str, float] = {}
         self._instances: set[str] = set()
         self._limits = BackendLimits(
             max_tasks=MAX_TASKS,
@@ -172,17 +182,32 @@ class CloudRunBackend:
         self._instances.add(request.instance)
         env = launching.env_of(request, self._limits)
         _refuse(launching.misfits(request, env))
-        try:
-            clients = self._clients.run()
-        except CLIENT_ERRORS as error:
-            raise at_launch(error, "cannot speak to Cloud Run") from error
-        live = self._live_for(own)
-        strict = launching.makes_a_job(own, live, len(request.tasks))
-        if live is not None:
-            _refuse(launching.check_live(own, live, len(request.tasks), strict=strict))
-        container = launching.container_of(own, live)
-        if strict:
+        with self._refusals.asking(own.job, self._short()):
+            try:
+                clients = self._clients.run()
+            except CLIENT_ERRORS as error:
+                raise at_launch(error, "cannot speak to Cloud Run") from error
+            live = self._live_for(own)
+            strict = launching.makes_a_job(own, live, request)
+            if live is not None:
+                _refuse(launching.check_live(own, live, len(request.tasks), strict=strict))
+            container = launching.container_of(own, live)
+            if not strict:
+                return self._launch_shared(request, env, container, clients, began)
+        # Whether a job may be made says nothing of those that run the shared one.
+        with self._refusals.asking(f"{own.job}, by a job of its own", self._short()):
             return self._launch_strict(request, env, container, clients, began)
+
+    def _launch_shared(
+        self,
+        request: LaunchRequest,
+        env: dict[str, str],
+        container: str,
+        clients: RunClients,
+        began: float,
+    ) -> Launched:
+        """Run the shared job."""
+        own = _own(request.options)
         asked = launching.run_request(self._job(own.job), request, env, container)
         try:
             operation = clients.jobs.run_job(asked, retry=None, timeout=self._left(began))
@@ -222,7 +247,8 @@ class CloudRunBackend:
         except (api.AlreadyExists, api.Conflict):
             log.info("the job of this key exists already", job=name)
         except CLIENT_ERRORS as error:
-            raise at_launch(error, f"cannot create the job {name}") from error
+            what = launching.cannot_make_a_job(own, name, live, len(request.tasks))
+            raise at_launch(error, what, MAKES_JOBS) from error
         try:
             launched = self._find_strict(request, clients, self._left(began))
         except Unavailable as error:
@@ -263,8 +289,13 @@ class CloudRunBackend:
         own = _own(request.options)
         self._instances.add(request.instance)
         found = None
-        if own.mode != "shared":
-            found = self._find_strict(request, self._ready(), self._timeout())
+        if launching.may_make_a_job(own, request):
+            try:
+                found = self._find_strict(request, self._ready(), self._timeout())
+            except Unavailable as error:
+                # Who may not read a job of that name has made none in mode `shared` either.
+                if own.mode != "shared" or not isinstance(error.__cause__, api.Forbidden):
+                    raise
         if found is None and own.mode != "strict":
             found = self._reader.find(request, own.job)
         return found
@@ -428,16 +459,20 @@ class CloudRunBackend:
         Raises:
             Rejected: there is no such job.
         """
+        with self._lock:
+            known, unreadable = self._live.get(own.job), self._unreadable.get(own.job, -math.inf)
+        if self._monotonic() - unreadable < LIVE_KEPT:
+            return None
         try:
             return self._read_live(own, at_most_old=LIVE_KEPT)
         except Unavailable as error:
-            with self._lock:
-                known = self._live.get(own.job)
             log.debug("launched without a look at the job", job=own.job, why=str(error))
             return None if known is None else known[0]
         except Rejected as error:
             if isinstance(error.__cause__, api.NotFound):
                 raise
+            with self._lock:
+                self._unreadable[own.job] = self._monotonic()
             return None  # it may not be read; whether it may be run is for Cloud Run to say
 
     def _live_or_none(self, own: CloudRunOptions) -> run_v2.Job | None:
@@ -487,6 +522,7 @@ class CloudRunBackend:
             )
         with self._lock:
             self._live[own.job] = live, now
+            self._unreadable.pop(own.job, None)
         return live
 
     def _forget(self, job: str) -> None:

@@ -26,7 +26,15 @@ from google.protobuf import json_format
 
 from dispatcher.backends.base import BackendError, Meter, Rejected, Unavailable
 
-__all__ = ["CLIENT_ERRORS", "at_launch", "at_read", "calling", "is_missing", "words"]
+__all__ = [
+    "CLIENT_ERRORS",
+    "at_launch",
+    "at_read",
+    "calling",
+    "concerns_the_job",
+    "is_missing",
+    "words",
+]
 
 CLIENT_ERRORS: Final = (
     api.GoogleAPIError,
@@ -46,6 +54,13 @@ _REFUSALS: Final = (
     api.NotFound,
     api.MethodNotAllowed,
     api.MethodNotImplemented,
+)
+_OF_THE_JOB: Final = (
+    api.Unauthorized,
+    api.Forbidden,
+    api.NotFound,
+    api.FailedPrecondition,
+    auth.GoogleAuthError,
 )
 _TOO_LARGE: Final = 413
 
@@ -83,14 +98,30 @@ def _said_over_rest(error: BaseException) -> str | None:
 
     The client puts the verb and the whole URL before them.
     """
+    said = _body(error).get("message")
+    return said if isinstance(said, str) and said else None
+
+
+def _body(error: BaseException) -> dict[str, Any]:
+    """Read what an answer over REST says of its error; empty if there is none, or it is no JSON."""
     response = getattr(error, "response", None)
     if not isinstance(response, requests.Response):
-        return None
+        return {}
     try:
-        said = response.json()["error"]["message"]
+        body = response.json()["error"]
     except (ValueError, KeyError, TypeError):
-        return None
-    return said if isinstance(said, str) and said else None
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def concerns_the_job(error: BaseException | None) -> bool:
+    """Whether a launch was refused for what its job, or the workers' account, is like.
+
+    Other launches of the job would meet the same. FAILED_PRECONDITION is a job that is not ready.
+    """
+    if isinstance(error, _OF_THE_JOB):
+        return True
+    return error is not None and _body(error).get("status") == "FAILED_PRECONDITION"
 
 
 def is_missing(error: BaseException) -> bool:
@@ -98,8 +129,11 @@ def is_missing(error: BaseException) -> bool:
     return isinstance(error, api.NotFound)
 
 
-def at_launch(error: Exception, what: str) -> BackendError:
-    """Word what a launch call, or a call that defines something, raised."""
+def at_launch(error: Exception, what: str, forbidden: str | None = None) -> BackendError:
+    """Word what a launch call, or a call that defines something, raised.
+
+    `forbidden` is what to do where it may not be done; as a default, what lets a launch run.
+    """
     text = f"{what}: {words(error)}"
     if _is_throttle(error):
         return Unavailable(text, not_started=True, retry_after=_retry_after(error))
@@ -110,6 +144,8 @@ def at_launch(error: Exception, what: str) -> BackendError:
     code = getattr(error, "code", None)
     if isinstance(error, _REFUSALS) or code == _TOO_LARGE:
         hint = next((hint for kind, hint in _HINTS if isinstance(error, kind)), None)
+        if isinstance(error, api.Forbidden):
+            hint = forbidden or hint
         return Rejected(f"{text}; {hint}" if hint else text)
     return Unavailable(text)
 
@@ -151,7 +187,7 @@ def calling(meter: Meter, kind: Literal["read", "write", "logs"], what: str) -> 
 def _answer(error: Exception) -> Exception:
     """Give what a call was answered: over REST a session that can renew no token hides the 401."""
     if isinstance(error, auth.GoogleAuthError) and not _may_pass(error):
-        answer = api.Unauthorized(words(error))
+        answer = api.Unauthorized(words(error))  # type: ignore[no-untyped-call]  # half typed
         answer.__cause__ = error
         return answer
     return error
