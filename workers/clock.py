@@ -39,6 +39,7 @@ LAUNCH_EVERY: Final = 1.0
 FOLLOW_EVERY: Final = 0.5
 STRAYS_EVERY: Final = 60.0
 CLEAN_EVERY: Final = 600.0
+ROOM_EVERY: Final = 10.0
 PROGRESS_EVERY: Final = 10.0
 FORGET_WORKERS: Final = timedelta(days=7)
 STUCK_AFTER: Final = 60.0
@@ -126,6 +127,7 @@ class Clock:
                     STRAYS_EVERY,
                     target=name,
                 ),
+                Slot(f"room {name}", partial(run.engine.make_room, name), ROOM_EVERY, target=name),
                 Slot(f"clean {name}", partial(run.engine.clean, name), CLEAN_EVERY, target=name),
                 Slot(
                     f"progress {name}",

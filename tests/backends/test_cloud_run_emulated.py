@@ -69,7 +69,10 @@ class CountingMeter:
         self.told: Counter[str] = Counter()
         self.allowed = allowed
 
-    def take(self, kind: Literal["read", "write", "logs"], calls: int = 1) -> None:
+    def take(
+        self, kind: Literal["read", "write", "logs"], calls: int = 1, *, gentle: bool = False
+    ) -> None:
+        del gentle
         if self.allowed is not None and self.taken[kind] >= self.allowed:
             raise Unavailable("the budget is used up", not_started=True)
         self.taken[kind] += calls

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from backends.test_cloud_run_emulated import PROJECT, REGION, request
 from backends.test_cloud_run_emulated import Cloud as CloudOfABackend
-from backends.test_cloud_run_engine import MakeCloud, attempts_of, chunk_of, make_cloud
+from backends.test_cloud_run_engine import (
+    Cloud,
+    MakeCloud,
+    attempts_of,
+    chunk_of,
+    figures,
+    make_cloud,
+)
 from google.auth import exceptions as auth
 from pydantic import ValidationError
 
-from dispatcher.backends.base import Rejected, Unavailable
+from dispatcher import budget
+from dispatcher.backends.base import Handle, Rejected, Unavailable
 from dispatcher.backends.cloud_run import CloudRunOptions, failures
 from dispatcher.backends.cloud_run.options import reserved
 from dispatcher.emulators.cloud_run import (
@@ -26,13 +36,16 @@ from dispatcher.emulators.cloud_run import (
     World,
 )
 from dispatcher.emulators.cloud_run.faults import Reply, lose_reply, refuse
-from dispatcher.emulators.cloud_run.refusal import Refused
+from dispatcher.emulators.cloud_run.refusal import Code, Refused
+from dispatcher.engine.metering import TargetMeter
+from dispatcher.explaining import explain
 from dispatcher.job import Job
 from dispatcher.overriding import overridden
 
 __all__ = ["make_cloud"]
 
-ETL = CloudRunOptions(job="etl")
+PLACE: Final = f"projects/{PROJECT}/locations/{REGION}"
+ETL: Final = CloudRunOptions(job="etl")
 
 
 @pytest.fixture
@@ -110,6 +123,18 @@ def test_a_metadata_server_that_cannot_be_reached_refuses_nothing() -> None:
     assert isinstance(told, Unavailable)
     assert told.not_started
     assert isinstance(failures.at_launch(auth.RefreshError("gone"), "no token"), Rejected)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("missing", ["run.jobs.get", "run.tasks.list"])
+def test_a_permission_that_is_missing_is_told_with_one_hint(
+    cloud: CloudOfABackend, missing: str
+) -> None:
+    needed = {"run.jobs.get", "run.jobs.run", "run.jobs.runWithOverrides", "run.executions.list"}
+    cloud.emulator.world.permissions = frozenset({*needed, "run.tasks.list"} - {missing})
+    *_, remark = cloud.backend().check(Job(name="etl", target="cloud"), ETL)
+    assert remark.level == "fail"
+    assert "403 " in remark.text
+    assert f"{remark.text}; {remark.todo}".count("roles/run.viewer") == 1
 
 
 # --- args -----------------------------------------------------------------------------------------
@@ -284,3 +309,177 @@ def test_a_retrys_own_job_is_found_by_its_key_after_a_lost_reply(
     assert found.handle == cloud.emulator.world.executed[0].name
     assert cloud.backend().launch(retry).handle == found.handle
     assert len(cloud.emulator.world.executed) == 1
+
+
+# --- room for jobs --------------------------------------------------------------------------------
+
+
+STRICT: Final = {"etl": {"options": {"job": "etl", "mode": "strict"}}}
+
+
+def make_room(cloud: Cloud) -> None:
+    """What the clock of a worker does every ten seconds."""
+    for engine in cloud.engines:
+        engine.make_room("cloud")
+
+
+def test_launches_that_make_a_job_each_never_need_more_jobs_than_a_region_holds(
+    make_cloud: MakeCloud,
+) -> None:
+    """At the default budgets, of which those of writes are half of those of launches."""
+    cloud = make_cloud(
+        lambda _: 5.0, jobs=STRICT, max_jobs=40, options=EmulatorOptions(seed=1, max_jobs=40)
+    )
+    batch, most = cloud.dispatcher.enqueue("etl", range(120)), 0
+    began = cloud.monotonic()
+    while not batch.refresh().finished:
+        cloud.turn(10)
+        make_room(cloud)
+        most = max(most, sum(1 for _ in cloud.world.list_jobs(PLACE)))
+        assert cloud.monotonic() - began < 900, "not within 15 minutes"
+    assert batch.refresh().counts == {"succeeded": 120}
+    assert most <= 40
+    assert not cloud.emulator.refused
+    assert cloud.emulator.calls["Jobs.CreateJob"] == 120
+    figures(took=cloud.monotonic() - began, most=most, calls=dict(cloud.emulator.calls))
+    for _ in range(30):
+        cloud.turn(10)
+        make_room(cloud)
+    left = sum(1 for _ in cloud.world.list_jobs(PLACE))
+    assert 1 < left <= 21, "the others are kept, for people to look at"
+
+
+def test_removing_jobs_leaves_writes_for_a_cancel(make_cloud: MakeCloud) -> None:
+    cloud = make_cloud(
+        lambda _: 1.0, jobs=STRICT, max_jobs=10, options=EmulatorOptions(seed=1, max_jobs=10)
+    )
+    cloud.dispatcher.enqueue("etl", range(9))
+    cloud.turn()
+    cloud.turn(20)
+    before = cloud.emulator.calls["Jobs.DeleteJob"]
+    make_room(cloud)
+    assert 1 <= cloud.emulator.calls["Jobs.DeleteJob"] - before <= 3
+    meter = TargetMeter(cloud.store, cloud.config.targets["cloud"])
+    meter.take("write", 2)
+
+
+def test_a_job_stays_while_its_end_is_not_recorded_or_a_second_call_may_be_on_its_way(
+    make_cloud: MakeCloud,
+) -> None:
+    cloud = make_cloud(
+        lambda _: 1.0, jobs=STRICT, max_jobs=2, options=EmulatorOptions(seed=1, max_jobs=10)
+    )
+    cloud.dispatcher.enqueue("etl", [1])
+    cloud.turn()
+    cloud.advance(20)
+    make_room(cloud)
+    assert cloud.emulator.calls["Jobs.DeleteJob"] == 0, "nobody has read how it ended"
+    cloud.turn()
+    cloud.sql("UPDATE dispatcher.execution SET calls = 2")
+    cloud.turn(70)
+    make_room(cloud)
+    assert cloud.emulator.calls["Jobs.DeleteJob"] == 0
+    cloud.sql("UPDATE dispatcher.execution SET calls = 1")
+    make_room(cloud)
+    assert cloud.emulator.calls["Jobs.DeleteJob"] == 1
+    before = cloud.emulator.calls.copy()
+    cloud.advance(70)
+    make_room(cloud)
+    cloud.advance(70)
+    make_room(cloud)
+    assert (cloud.emulator.calls - before).total() <= 1, "where there are none, nothing is asked"
+
+
+def test_a_job_too_many_is_refused_by_the_emulator_for_now() -> None:
+    emulator = CloudRunEmulator(runner=ScriptRunner(), options=EmulatorOptions(max_jobs=1))
+    emulator.world.define(PROJECT, REGION, "etl")
+    emulator.world.define(PROJECT, REGION, "etl", parallelism=2)
+    with pytest.raises(Refused, match="at most 1 may be") as caught:
+        emulator.world.define(PROJECT, REGION, "other")
+    assert caught.value.code is Code.RESOURCE_EXHAUSTED
+
+
+# --- several large packs --------------------------------------------------------------------------
+
+
+class Budget:
+    """The buckets of a target on a clock that a test moves on."""
+
+    def __init__(self, clock: Callable[[], float], **rates: float) -> None:
+        self.clock, self.rates = clock, rates
+        self.left = {kind: budget.burst(rate) for kind, rate in rates.items()}
+        self.at = dict.fromkeys(rates, clock())
+
+    def take(self, kind: str, calls: int = 1, *, gentle: bool = False) -> None:
+        if kind not in self.rates:
+            return
+        rate, now = self.rates[kind], self.clock()
+        full = budget.burst(rate)
+        self.left[kind] = min(full, self.left[kind] + (now - self.at[kind]) * rate / 60)
+        self.at[kind] = now
+        if self.left[kind] < calls + (full / 2 if gentle else 0):
+            raise Unavailable("the budget is used up", not_started=True)
+        self.left[kind] -= calls
+
+    def throttled(self, _kind: str) -> None:
+        pass
+
+
+def test_the_tasks_of_several_large_packs_are_listed_in_turn() -> None:
+    """A hundred pages each, as 10,000 tasks are, at the default of 300 reads a minute."""
+    made = CloudOfABackend()
+    seconds = 240.0
+
+    def length(index: int) -> float:
+        return seconds * ((index * 617) % 1000) / 1000
+
+    with CloudRunEmulator(
+        runner=ScriptRunner(lambda start: length(start.index)),
+        options=EmulatorOptions(page_size=10, seed=1),
+    ) as emulator:
+        made.emulator = emulator
+        emulator.world.define(PROJECT, REGION, "etl")
+        backend = made.backend(Budget(made.clock, read=300))
+        began = made.clock()
+        packs = [request(1000, input_uri="file:///in") for _ in range(4)]
+        handles = [backend.launch(pack).handle for pack in packs]
+        settled: dict[Handle, dict[int, float]] = {handle: {} for handle in handles}
+        while made.clock() - began < seconds + 200:
+            made.clock.ahead += 5
+            emulator.world.advance(5)
+            emulator.world.timetable.run_due()
+            with suppress(Unavailable):
+                for handle, report in backend.poll(handles).items():
+                    for task in report.tasks:
+                        settled[handle].setdefault(task.index, made.clock() - began)
+    lags = {
+        handle: [at - length(index) for index, at in known.items()]
+        for handle, known in settled.items()
+    }
+    means = [sum(each) / len(each) for each in lags.values()]
+    figures(means=[round(mean) for mean in means], most=max(map(max, lags.values())))
+    assert all(len(known) == 1000 for known in settled.values())
+    assert max(means) < 3 * min(means), "none starves"
+    assert max(map(max, lags.values())) < 150
+
+
+# --- the cancel of many executions ----------------------------------------------------------------
+
+
+def test_a_cancel_of_many_executions_keeps_to_the_writes_and_explain_counts_what_is_to_come(
+    make_cloud: MakeCloud,
+) -> None:
+    cloud = make_cloud(lambda _: math.inf, launches_per_minute=100_000, writes_per_minute=60)
+    batch = cloud.dispatcher.enqueue("etl", range(100))
+    cloud.until(lambda: len(cloud.world.running) == 100, "all of them run")
+    batch.cancel("not wanted")
+    cloud.turn()
+    sent = cloud.emulator.calls["Executions.CancelExecution"]
+    said = explain(cloud.store, batch.id)
+    assert f"the cancels of {100 - sent} are still to be sent" in said.text
+    assert said.facts["reasons"][-1]["unsent"] == 100 - sent
+    took = cloud.until(lambda: batch.refresh().finished, "the cancel was confirmed", step=5)
+    figures(took=took, calls=dict(cloud.emulator.calls))
+    assert cloud.emulator.calls["Executions.CancelExecution"] == 100
+    assert 80 <= took <= 130
+    assert batch.refresh().counts == {"cancelled": 100}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from threading import Lock
 from typing import Any, ClassVar, Final, Literal
@@ -28,7 +28,7 @@ from dispatcher.backends.base import (
     Report,
     Unavailable,
 )
-from dispatcher.backends.cloud_run import checking, definitions, launching, logs, outcomes
+from dispatcher.backends.cloud_run import checking, definitions, launching, logs
 from dispatcher.backends.cloud_run.clients import Clients, RunClients
 from dispatcher.backends.cloud_run.failures import (
     CLIENT_ERRORS,
@@ -45,6 +45,7 @@ from dispatcher.backends.cloud_run.options import (
     CloudRunOptions,
     CloudRunSettings,
 )
+from dispatcher.backends.cloud_run.own_jobs import OwnJobs
 from dispatcher.backends.cloud_run.reading import PAGE, Reader
 from dispatcher.backends.cloud_run.refusals import Refusals
 from dispatcher.job import Job
@@ -59,16 +60,11 @@ MAX_PAYLOAD_BYTES: Final = 64 * 1024 * 1024
 LIVE_KEPT: Final = 300.0
 """Seconds for which a Cloud Run job is taken to be as it was read."""
 
-MOST_DELETED: Final = 20
-"""Jobs of mode `strict` that one round of cleaning removes: writes have a low quota."""
-
 MAKES_JOBS: Final = (
     "give the workers' account run.jobs.create, run.jobs.get and run.jobs.delete on the project, "
     "and iam.serviceAccounts.actAs on the job's account; or set the job's parallelism to 0 and "
     "limit it by `limits.running`, and leave options.mode out"
 )
-
-INSTANCE_LABEL: Final = "dispatcher-instance"
 
 
 class CloudRunBackend:
@@ -107,7 +103,7 @@ class CloudRunBackend:
         self._lock = Lock()
         self._live: dict[str, tuple[run_v2.Job, float]] = {}
         self._unreadable: dict[str, float] = {}
-        self._instances: set[str] = set()
+        self._own_jobs = OwnJobs(settings, self._clients, meter, monotonic)
         self._limits = BackendLimits(
             max_tasks=MAX_TASKS,
             max_payload_bytes=MAX_PAYLOAD_BYTES,
@@ -179,7 +175,7 @@ class CloudRunBackend:
         known = self._memory.launched(request.key)
         if known is not None:
             return known
-        self._instances.add(request.instance)
+        self._own_jobs.serve(request.instance)
         env = launching.env_of(request, self._limits)
         _refuse(launching.misfits(request, env))
         with self._refusals.asking(own.job, self._short()):
@@ -237,16 +233,19 @@ class CloudRunBackend:
         own = _own(request.options)
         live = self._read_live(own, at_most_old=LIVE_KEPT)
         wanted = launching.strict_job(request, env, container, live)
-        name = launching.strict_id(request.key)
+        name, left = launching.strict_id(request.key), self._left(began)
+        self._own_jobs.take_place()
         try:
             clients.jobs.create_job(
                 run_v2.CreateJobRequest(parent=self._place(), job=wanted, job_id=name),
                 retry=None,
-                timeout=self._left(began),
+                timeout=left,
             )
         except (api.AlreadyExists, api.Conflict):
+            self._own_jobs.give_back()
             log.info("the job of this key exists already", job=name)
         except CLIENT_ERRORS as error:
+            self._own_jobs.give_back()  # if it was made all the same, the next list shows it
             what = launching.cannot_make_a_job(own, name, live, len(request.tasks))
             raise at_launch(error, what, MAKES_JOBS) from error
         try:
@@ -287,7 +286,7 @@ class CloudRunBackend:
             Unavailable: it cannot be said now.
         """
         own = _own(request.options)
-        self._instances.add(request.instance)
+        self._own_jobs.serve(request.instance)
         found = None
         if launching.may_make_a_job(own, request):
             try:
@@ -342,7 +341,7 @@ class CloudRunBackend:
         Raises:
             Unavailable: it cannot be listed now.
         """
-        self._instances.add(instance)
+        self._own_jobs.serve(instance)
         return self._reader.strays(instance, since)
 
     def logs(self, handle: Handle, task_index: int, tail: int) -> Iterator[str]:
@@ -363,39 +362,15 @@ class CloudRunBackend:
         Raises:
             Unavailable: ask again later.
         """
-        before, clients, removed = now - self.settings.keep, self._ready(), 0
-        for name in self._old_strict_jobs(clients, before):
-            if removed == MOST_DELETED:
-                break
-            try:
-                with calling(self._meter, "write", f"cannot delete {name}"):
-                    clients.jobs.delete_job(
-                        run_v2.DeleteJobRequest(name=name), retry=None, timeout=self._timeout()
-                    )
-            except api.NotFound:
-                continue
-            removed += 1
-        return removed
+        return self._own_jobs.clean(now - self.settings.keep)
 
-    def _old_strict_jobs(self, clients: RunClients, before: datetime) -> Iterator[str]:
-        """Name the jobs of our installations that mode `strict` made and that are over."""
-        token = ""
-        while self._instances:
-            asked = run_v2.ListJobsRequest(parent=self._place(), page_size=PAGE, page_token=token)
-            try:
-                with calling(self._meter, "read", f"cannot list the jobs in {self._place()}"):
-                    pager = clients.jobs.list_jobs(asked, retry=None, timeout=self._timeout())
-                    page = run_v2.ListJobsResponse.pb(next(iter(pager.pages)))
-            except api.NotFound:
-                return
-            for job in page.jobs:
-                ended = outcomes.moment(job.latest_created_execution, "completion_time")
-                ours = job.labels.get(INSTANCE_LABEL) in self._instances
-                if ours and "dispatcher-key" in job.labels and ended and ended < before:
-                    yield job.name
-            token = page.next_page_token
-            if not token:
-                return
+    def make_room(self, now: datetime, recorded: Callable[[Sequence[str]], Collection[str]]) -> int:
+        """Delete jobs of mode `strict` before `keep` is over, where the region's places get short.
+
+        Raises:
+            Unavailable: ask again later.
+        """
+        return self._own_jobs.make_room(now - self.settings.keep, recorded)
 
     # --- definition -------------------------------------------------------------------------------
 

@@ -165,14 +165,18 @@ def at_read(error: Exception, what: str) -> Unavailable:
 
 
 @contextmanager
-def calling(meter: Meter, kind: Literal["read", "write", "logs"], what: str) -> Iterator[None]:
+def calling(
+    meter: Meter, kind: Literal["read", "write", "logs"], what: str, *, gentle: bool = False
+) -> Iterator[None]:
     """Pay for one call and make it; NOT_FOUND comes through as it is.
+
+    `gentle` leaves half of a full budget for calls that matter more.
 
     Raises:
         Unavailable: the budget is used up, or the call did not work.
         google.api_core.exceptions.NotFound: there is no such thing.
     """
-    meter.take(kind)
+    meter.take(kind, gentle=gentle)
     try:
         yield
     except api.NotFound:

@@ -185,7 +185,14 @@ class CloudRunSettings(_Value):
     )
     keep: Duration = Field(
         default=timedelta(days=1),
-        description="how long jobs that mode `strict` made are kept after their end; 1h or more",
+        description="how long jobs that mode `strict` made are kept after their end; 1h or more."
+        " Shorter where more than half of `max_jobs` are there",
+    )
+    max_jobs: int = Field(
+        default=1000,
+        ge=2,
+        description="Cloud Run jobs that the region may hold, a quota; launches that make one wait"
+        " where it is full",
     )
 
     @field_validator("endpoint", "logging_endpoint")
