@@ -39,7 +39,10 @@ LAUNCH_EVERY: Final = 1.0
 FOLLOW_EVERY: Final = 0.5
 STRAYS_EVERY: Final = 60.0
 CLEAN_EVERY: Final = 600.0
-ROOM_EVERY: Final = 10.0
+ROOM_EVERY: Final = 2.0
+"""A budget of calls holds those of ten seconds, half of which are left to others: seldom rounds
+would not use it."""
+
 PROGRESS_EVERY: Final = 10.0
 FORGET_WORKERS: Final = timedelta(days=7)
 STUCK_AFTER: Final = 60.0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import pytest
@@ -318,7 +319,7 @@ STRICT: Final = {"etl": {"options": {"job": "etl", "mode": "strict"}}}
 
 
 def make_room(cloud: Cloud) -> None:
-    """What the clock of a worker does every ten seconds."""
+    """What the clock of a worker does every two seconds."""
     for engine in cloud.engines:
         engine.make_room("cloud")
 
@@ -388,6 +389,21 @@ def test_a_job_stays_while_its_end_is_not_recorded_or_a_second_call_may_be_on_it
     cloud.advance(70)
     make_room(cloud)
     assert (cloud.emulator.calls - before).total() <= 1, "where there are none, nothing is asked"
+
+
+def test_a_worker_that_has_not_counted_the_jobs_holds_no_launch_back(
+    cloud: CloudOfABackend,
+) -> None:
+    """It makes none of the room itself: that is done by the one that leads the target."""
+    backend = cloud.backend(max_jobs=2)
+    for _ in range(4):
+        assert backend.launch(request(options={"mode": "strict"})).handle
+    assert backend.make_room(datetime.now(UTC), lambda _: ()) == 0
+    with pytest.raises(Unavailable, match="holds 5 Cloud Run jobs and may hold 2") as caught:
+        backend.launch(request(options={"mode": "strict"}))
+    assert caught.value.not_started
+    cloud.clock.ahead += 200
+    assert backend.launch(request(options={"mode": "strict"})).handle
 
 
 def test_a_job_too_many_is_refused_by_the_emulator_for_now() -> None:

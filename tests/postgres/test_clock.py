@@ -471,3 +471,12 @@ def test_errors_of_the_database_are_ours_and_others_stay_what_they_are(works: Wo
     assert issubclass(Conflict, DispatcherError)
     with pytest.raises(sa.exc.DataError), works.store.transaction() as tx:
         works.store.run(tx, "SELECT 1 / 0")
+
+
+def test_room_is_made_on_each_target_that_a_worker_leads(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(works.engine, "make_room", made.append)
+    works.clock()
+    eventually(lambda: set(made) == set(TARGETS), "room was made on both")

@@ -34,6 +34,13 @@ PAGE: Final = 500
 LISTED: Final = 60.0
 """Seconds for which a list of the region's jobs serves, while it names any that may go."""
 
+LISTED_AGAIN: Final = 20.0
+"""Seconds after a list in which no other is made where it named none."""
+
+FRESH: Final = 180.0
+"""Seconds after a list in which its count holds launches back. Only the worker that leads a target
+lists; what others launch is refused by Cloud Run itself, for now, where the region is full."""
+
 WAIT: Final = timedelta(seconds=10)
 """How long launches wait where the region is full, before they look again."""
 
@@ -87,7 +94,8 @@ class OwnJobs:
             Unavailable: the region holds as many as it may, and nothing was called.
         """
         with self._lock:
-            if self._held >= self._settings.max_jobs:
+            counted = self._monotonic() - self._listed < FRESH
+            if counted and self._held >= self._settings.max_jobs:
                 raise Unavailable(
                     f"the region {self._settings.region} holds {self._held:,} Cloud Run jobs and "
                     f"may hold {self._settings.max_jobs:,}: those that launches made for "
@@ -125,8 +133,9 @@ class OwnJobs:
         """
         with self._lock:
             nothing = not self._any or not self._instances
-            old = self._monotonic() - self._listed >= LISTED
-            wanted = old or (not self._over and self._is_short())
+            age = self._monotonic() - self._listed
+            soon = LISTED_AGAIN if self._is_short() and not self._over else LISTED
+            wanted = age >= soon
         if nothing:
             return 0
         clients = self._ready()
