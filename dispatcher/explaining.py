@@ -297,7 +297,7 @@ def _progress(case: _Case) -> Point:
 
 def _cancelling(case: _Case, at: datetime, live: Mapping[str, Live]) -> Point:
     standing, now = case.standing, case.now
-    total, ended = queries.cancelled_executions(case.store, case.batch.id, at)
+    total, ended, unsent = queries.cancelled_executions(case.store, case.batch.id, at)
     if standing.cancel_kind == CancelKind.OPERATOR:
         who = f"{standing.cancel_actor or 'somebody'} asked {ago(at, now)} for its cancel"
         text = f"{who} ({standing.cancel_reason})"
@@ -310,8 +310,14 @@ def _cancelling(case: _Case, at: datetime, live: Mapping[str, Live]) -> Point:
         "requested_at": at,
         "executions": total,
         "confirmed": ended,
+        "unsent": unsent,
     }
     text += f"; {ended} of {total} executions are confirmed to have ended"
+    if unsent > 1:
+        text += f", the cancels of {unsent:,} are still to be sent"
+        rate = case.limit("writes_per_minute")
+        if rate is not None:
+            text += f" at {rate:g} a minute"
     one = live.get("cancelling")
     if one is not None:
         what, more = _cancel_step(one, now)

@@ -297,6 +297,10 @@ class Job(_Value):
     args: tuple[Template, ...] = ()
     """Further arguments, as templates."""
 
+    clear_args: Annotated[bool, Strict()] = False
+    """Run without arguments, also where the target's own definition has some. Else, without `args`,
+    the definition's stay. A batch that overrides `args` by an empty list sets it."""
+
     env: dict[EnvName, Template] = Field(default={})
     """Variables of the container; the values are templates."""
 
@@ -328,6 +332,13 @@ class Job(_Value):
     """Higher goes first."""
 
     labels: dict[Text, Text] = Field(default={})
+
+    @field_validator("clear_args")
+    @classmethod
+    def _check_clear_args(cls, clear: bool, info: ValidationInfo) -> bool:
+        if clear and info.data.get("args"):
+            raise ValueError("must be left out where there are `args`: they replace a definition's")
+        return clear
 
     @field_validator("args", "env")
     @classmethod

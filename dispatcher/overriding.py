@@ -62,6 +62,7 @@ def overridden(job: Job, overrides: Mapping[str, Any] | None) -> tuple[Job, dict
     changes: dict[str, Any] = {}
     if given.args is not None:
         changes["args"] = tuple(map(_literal, given.args))
+        changes["clear_args"] = not given.args
     if given.env is not None:
         changes["env"] = {**job.env, **{name: _literal(text) for name, text in given.env.items()}}
     if given.timeout is not None:

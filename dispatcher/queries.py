@@ -688,13 +688,17 @@ def live(store: Store, batch_id: str, execution_id: int | None = None) -> dict[s
         return {row[0]: Live(*row) for row in rows}
 
 
-def cancelled_executions(store: Store, batch_id: str, since: datetime) -> tuple[int, int]:
-    """Count the executions that ran when a batch's cancel was asked for, and those ended since."""
+def cancelled_executions(store: Store, batch_id: str, since: datetime) -> tuple[int, int, int]:
+    """Count the executions that ran when a batch's cancel was asked for, and those ended since.
+
+    The third number is of those whose provider was not asked yet.
+    """
     with store.transaction() as tx:
         row = store.run(
             tx,
             """
-            SELECT count(*)::int, count(*) FILTER (WHERE state = 'ended')::int
+            SELECT count(*)::int, count(*) FILTER (WHERE state = 'ended')::int,
+                count(*) FILTER (WHERE state = 'launched' AND cancel_calls = 0)::int
             FROM dispatcher.execution
             WHERE batch_id = :id AND NOT stray AND cancel_requested_at IS NOT NULL
                 AND (finished_at IS NULL OR finished_at >= :since)
@@ -702,7 +706,7 @@ def cancelled_executions(store: Store, batch_id: str, since: datetime) -> tuple[
             id=batch_id,
             since=since,
         ).one()
-        return row[0], row[1]
+        return row[0], row[1], row[2]
 
 
 def holders(

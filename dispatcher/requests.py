@@ -201,6 +201,7 @@ def launch_request(
         batch_id=plan.batch_id,
         job=plan.job.name,
         command=plan.job.command,
+        clear_args=plan.job.clear_args,
         tasks=tuple(tasks),
         options=plan.options,
         timeout=plan.job.timeout,
@@ -268,6 +269,7 @@ def audit_copy(request: LaunchRequest) -> str:
         {
             "command": _excerpts(request.command),
             "args": _excerpts(first.args),
+            **({"clear_args": True} if request.clear_args else {}),
             "env": _env_excerpts(first.env),
             "options": options
             if _json_bytes(options) <= AUDIT_BYTES

@@ -41,6 +41,10 @@ LAUNCH_EVERY: Final = 1.0
 FOLLOW_EVERY: Final = 0.5
 STRAYS_EVERY: Final = 60.0
 CLEAN_EVERY: Final = 600.0
+ROOM_EVERY: Final = 2.0
+"""A budget of calls holds those of ten seconds, half of which are left to others: seldom rounds
+would not use it."""
+
 PROGRESS_EVERY: Final = 10.0
 STORAGE_EVERY: Final = 300.0
 MENDING_EVERY: Final = 30.0
@@ -142,6 +146,7 @@ class Clock:
                     STRAYS_EVERY,
                     target=name,
                 ),
+                Slot(f"room {name}", partial(run.engine.make_room, name), ROOM_EVERY, target=name),
                 Slot(f"clean {name}", partial(run.engine.clean, name), CLEAN_EVERY, target=name),
                 Slot(
                     f"progress {name}",

@@ -10,7 +10,7 @@ Only two exceptions may come out of a backend, `Unavailable` and `Rejected`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -39,6 +39,7 @@ __all__ = [
     "BackendError",
     "BackendLimits",
     "Change",
+    "Crowded",
     "Definable",
     "Definition",
     "Handle",
@@ -129,8 +130,12 @@ class Meter(Protocol):
     Launch calls are counted by the engine, and not here.
     """
 
-    def take(self, kind: Literal["read", "write", "logs"], calls: int = 1) -> None:
+    def take(
+        self, kind: Literal["read", "write", "logs"], calls: int = 1, *, gentle: bool = False
+    ) -> None:
         """Take calls from a budget just before they are made.
+
+        `gentle` takes them only if half of a full budget is left for calls that matter more.
 
         Raises:
             Unavailable: the budget is used up for now; nothing was called.
@@ -145,7 +150,9 @@ class Meter(Protocol):
 class _Unmetered:
     """A budget without end."""
 
-    def take(self, kind: Literal["read", "write", "logs"], calls: int = 1) -> None:
+    def take(
+        self, kind: Literal["read", "write", "logs"], calls: int = 1, *, gentle: bool = False
+    ) -> None:
         """Let every call go."""
 
     def throttled(self, kind: Literal["read", "write", "logs"]) -> None:
@@ -263,6 +270,9 @@ class LaunchRequest:
 
     wrapped: bool = False
     """The image's entry wrapper takes each task's args and env from the input document."""
+
+    clear_args: bool = False
+    """The tasks, which have no args, run without those of the target's own definition too."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -426,6 +436,24 @@ class Backend(Protocol):
         """Remove what finished executions have left there and nobody needs any more.
 
         Returns how many were removed; 0 where the provider does that by itself.
+
+        Raises:
+            Unavailable: ask again later.
+        """
+        ...
+
+
+@runtime_checkable
+class Crowded(Protocol):
+    """A backend whose executions leave something there that has few places."""
+
+    def make_room(self, now: datetime, recorded: Callable[[Sequence[str]], Collection[str]]) -> int:
+        """Remove what finished executions have left, sooner than `clean` does where places are few.
+
+        Called every few seconds, so it makes no call where there is nothing to remove. `recorded`
+        names those of some keys that nobody will ask for or launch again: their end is written.
+
+        Returns how many were removed.
 
         Raises:
             Unavailable: ask again later.

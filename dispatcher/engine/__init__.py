@@ -158,3 +158,7 @@ class Engine:
     def clean(self, target: str) -> int:
         """Remove what finished executions have left on a target; say how much."""
         return self._sweeper.clean(self.places[target])
+
+    def make_room(self, target: str) -> int:
+        """Remove sooner what has few places on a target; say how much."""
+        return self._sweeper.make_room(self.places[target])

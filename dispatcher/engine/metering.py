@@ -25,8 +25,12 @@ class TargetMeter:
             "logs": target.logs_per_minute,
         }
 
-    def take(self, kind: Literal["read", "write", "logs"], calls: int = 1) -> None:
+    def take(
+        self, kind: Literal["read", "write", "logs"], calls: int = 1, *, gentle: bool = False
+    ) -> None:
         """Take calls from a budget just before they are made.
+
+        `gentle` takes them only if half of a full bucket is left for others.
 
         Raises:
             Unavailable: the budget is used up for now; nothing was called.
@@ -37,8 +41,10 @@ class TargetMeter:
         with self._store.transaction() as tx:
             bucket = self._store.bucket(tx, self._target, kind)
             # Never more than a full bucket, or it could not be had at all.
-            wanted = min(float(calls), budget.burst(rate * budget.pace(bucket)))
-            wait = budget.seconds_until(bucket, rate, wanted)
+            full = budget.burst(rate * budget.pace(bucket))
+            wanted = min(float(calls), full)
+            needed = min(wanted + full / 2, full) if gentle else wanted
+            wait = budget.seconds_until(bucket, rate, needed)
             if wait <= 0.0:
                 self._store.write_tokens(tx, self._target, kind, budget.left(bucket, rate) - wanted)
         if wait > 0.0:

@@ -11,6 +11,7 @@ import structlog
 
 from dispatcher.backends.base import (
     BackendError,
+    Crowded,
     Rejected,
     Unavailable,
 )
@@ -211,6 +212,16 @@ class Sweeper:
             self._next_storage = self._monotonic() + STORAGE_EVERY
             removed += self._clean_storage(place.storage)
         return removed
+
+    def make_room(self, place: Place) -> int:
+        """Remove what ended executions have left where places for it are few; say how much."""
+        if not isinstance(place.backend, Crowded):
+            return 0
+        try:
+            return place.backend.make_room(datetime.now(UTC), self._store.recorded_keys)
+        except Unavailable as error:
+            log.info("no room made", target=place.target.name, why=str(error))
+            return 0
 
     def _clean_storage(self, storage: Storage) -> int:
         """Remove input documents, results and claims that are older than they are kept."""

@@ -220,6 +220,22 @@ class FollowStore(BaseStore):
             )
             return {row[0]: (row[1], row[2], row[3]) for row in rows}
 
+    def recorded_keys(self, keys: Sequence[str]) -> set[str]:
+        """Say which of these keys are done with: one call was made, and its end is recorded.
+
+        With a second call, the first one's might still be on its way.
+        """
+        with self.transaction() as tx:
+            rows = self.run(
+                tx,
+                """
+                SELECT key FROM dispatcher.execution
+                WHERE key = ANY(:keys) AND state = 'ended' AND calls <= 1
+                """,
+                keys=list(keys),
+            )
+            return {row[0] for row in rows}
+
     def follow_winner(self, key: str, old: str, new: str, reason: str) -> bool:
         """Change the handle of a launched execution to that of the one which claimed its key."""
         with self.transaction() as tx:

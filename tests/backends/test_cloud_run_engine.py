@@ -635,8 +635,8 @@ BAD: Final = (
         "404 ",
         {"options": {"job": "no-such-job"}},
     ),
-    Bad("no permission", "run.jobs.runWithOverrides", "403 Permission", spoil=forbid, calls=3),
-    Bad("image missing", "not ready", "gone", definition={"image": "gone"}, calls=3),
+    Bad("no permission", "run.jobs.runWithOverrides", "403 Permission", spoil=forbid, calls=1),
+    Bad("image missing", "not ready", "gone", definition={"image": "gone"}, calls=1),
     Bad(
         "wrong env name",
         "`env` sets CLOUD_RUN_REGION, which is Cloud Run's own",
@@ -664,7 +664,7 @@ BAD: Final = (
         {"options": {"job": "etl", "max_tasks": 10}},
         {"parallelism": 5},
     ),
-    Bad("wrong credentials", "401 ", "401 ", spoil=sign_out, calls=3),
+    Bad("wrong credentials", "401 ", "401 ", spoil=sign_out, calls=1),
 )
 
 

@@ -583,3 +583,12 @@ def test_where_a_job_signs_urls_the_signing_is_looked_at_too(
         watch = StorageWatch(storage, signs=signs)
         assert watch.look() is signs
         assert watch.told(place)[2:] == (None, problem)
+
+
+def test_room_is_made_on_each_target_that_a_worker_leads(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(works.engine, "make_room", made.append)
+    works.clock()
+    eventually(lambda: set(made) == set(TARGETS), "room was made on both")

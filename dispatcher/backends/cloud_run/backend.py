@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from threading import Lock
 from typing import Any, ClassVar, Final, Literal
@@ -27,7 +28,7 @@ from dispatcher.backends.base import (
     Report,
     Unavailable,
 )
-from dispatcher.backends.cloud_run import checking, definitions, launching, logs, outcomes
+from dispatcher.backends.cloud_run import checking, definitions, launching, logs
 from dispatcher.backends.cloud_run.clients import Clients, RunClients
 from dispatcher.backends.cloud_run.failures import (
     CLIENT_ERRORS,
@@ -44,7 +45,9 @@ from dispatcher.backends.cloud_run.options import (
     CloudRunOptions,
     CloudRunSettings,
 )
+from dispatcher.backends.cloud_run.own_jobs import OwnJobs
 from dispatcher.backends.cloud_run.reading import PAGE, Reader
+from dispatcher.backends.cloud_run.refusals import Refusals
 from dispatcher.job import Job
 
 __all__ = ["CloudRunBackend"]
@@ -57,10 +60,11 @@ MAX_PAYLOAD_BYTES: Final = 64 * 1024 * 1024
 LIVE_KEPT: Final = 300.0
 """Seconds for which a Cloud Run job is taken to be as it was read."""
 
-MOST_DELETED: Final = 20
-"""Jobs of mode `strict` that one round of cleaning removes: writes have a low quota."""
-
-INSTANCE_LABEL: Final = "dispatcher-instance"
+MAKES_JOBS: Final = (
+    "give the workers' account run.jobs.create, run.jobs.get and run.jobs.delete on the project, "
+    "and iam.serviceAccounts.actAs on the job's account; or set the job's parallelism to 0 and "
+    "limit it by `limits.running`, and leave options.mode out"
+)
 
 
 class CloudRunBackend:
@@ -95,9 +99,11 @@ class CloudRunBackend:
         self._clients = Clients(settings)
         self._memory = Memory(monotonic)
         self._reader = Reader(settings, self._clients, meter, self._memory, monotonic)
+        self._refusals = Refusals(monotonic)
         self._lock = Lock()
         self._live: dict[str, tuple[run_v2.Job, float]] = {}
-        self._instances: set[str] = set()
+        self._unreadable: dict[str, float] = {}
+        self._own_jobs = OwnJobs(settings, self._clients, meter, monotonic)
         self._limits = BackendLimits(
             max_tasks=MAX_TASKS,
             max_payload_bytes=MAX_PAYLOAD_BYTES,
@@ -169,20 +175,35 @@ class CloudRunBackend:
         known = self._memory.launched(request.key)
         if known is not None:
             return known
-        self._instances.add(request.instance)
+        self._own_jobs.serve(request.instance)
         env = launching.env_of(request, self._limits)
         _refuse(launching.misfits(request, env))
-        try:
-            clients = self._clients.run()
-        except CLIENT_ERRORS as error:
-            raise at_launch(error, "cannot speak to Cloud Run") from error
-        live = self._live_for(own)
-        strict = launching.makes_a_job(own, live, len(request.tasks))
-        if live is not None:
-            _refuse(launching.check_live(own, live, len(request.tasks), strict=strict))
-        container = launching.container_of(own, live)
-        if strict:
+        with self._refusals.asking(own.job, self._short()):
+            try:
+                clients = self._clients.run()
+            except CLIENT_ERRORS as error:
+                raise at_launch(error, "cannot speak to Cloud Run") from error
+            live = self._live_for(own)
+            strict = launching.makes_a_job(own, live, request)
+            if live is not None:
+                _refuse(launching.check_live(own, live, len(request.tasks), strict=strict))
+            container = launching.container_of(own, live)
+            if not strict:
+                return self._launch_shared(request, env, container, clients, began)
+        # Whether a job may be made says nothing of those that run the shared one.
+        with self._refusals.asking(f"{own.job}, by a job of its own", self._short()):
             return self._launch_strict(request, env, container, clients, began)
+
+    def _launch_shared(
+        self,
+        request: LaunchRequest,
+        env: dict[str, str],
+        container: str,
+        clients: RunClients,
+        began: float,
+    ) -> Launched:
+        """Run the shared job."""
+        own = _own(request.options)
         asked = launching.run_request(self._job(own.job), request, env, container)
         try:
             operation = clients.jobs.run_job(asked, retry=None, timeout=self._left(began))
@@ -212,17 +233,21 @@ class CloudRunBackend:
         own = _own(request.options)
         live = self._read_live(own, at_most_old=LIVE_KEPT)
         wanted = launching.strict_job(request, env, container, live)
-        name = launching.strict_id(request.key)
+        name, left = launching.strict_id(request.key), self._left(began)
+        self._own_jobs.take_place()
         try:
             clients.jobs.create_job(
                 run_v2.CreateJobRequest(parent=self._place(), job=wanted, job_id=name),
                 retry=None,
-                timeout=self._left(began),
+                timeout=left,
             )
         except (api.AlreadyExists, api.Conflict):
+            self._own_jobs.give_back()
             log.info("the job of this key exists already", job=name)
         except CLIENT_ERRORS as error:
-            raise at_launch(error, f"cannot create the job {name}") from error
+            self._own_jobs.give_back()  # if it was made all the same, the next list shows it
+            what = launching.cannot_make_a_job(own, name, live, len(request.tasks))
+            raise at_launch(error, what, MAKES_JOBS) from error
         try:
             launched = self._find_strict(request, clients, self._left(began))
         except Unavailable as error:
@@ -261,10 +286,15 @@ class CloudRunBackend:
             Unavailable: it cannot be said now.
         """
         own = _own(request.options)
-        self._instances.add(request.instance)
+        self._own_jobs.serve(request.instance)
         found = None
-        if own.mode != "shared":
-            found = self._find_strict(request, self._ready(), self._timeout())
+        if launching.may_make_a_job(own, request):
+            try:
+                found = self._find_strict(request, self._ready(), self._timeout())
+            except Unavailable as error:
+                # Who may not read a job of that name has made none in mode `shared` either.
+                if own.mode != "shared" or not isinstance(error.__cause__, api.Forbidden):
+                    raise
         if found is None and own.mode != "strict":
             found = self._reader.find(request, own.job)
         return found
@@ -311,7 +341,7 @@ class CloudRunBackend:
         Raises:
             Unavailable: it cannot be listed now.
         """
-        self._instances.add(instance)
+        self._own_jobs.serve(instance)
         return self._reader.strays(instance, since)
 
     def logs(self, handle: Handle, task_index: int, tail: int) -> Iterator[str]:
@@ -332,39 +362,15 @@ class CloudRunBackend:
         Raises:
             Unavailable: ask again later.
         """
-        before, clients, removed = now - self.settings.keep, self._ready(), 0
-        for name in self._old_strict_jobs(clients, before):
-            if removed == MOST_DELETED:
-                break
-            try:
-                with calling(self._meter, "write", f"cannot delete {name}"):
-                    clients.jobs.delete_job(
-                        run_v2.DeleteJobRequest(name=name), retry=None, timeout=self._timeout()
-                    )
-            except api.NotFound:
-                continue
-            removed += 1
-        return removed
+        return self._own_jobs.clean(now - self.settings.keep)
 
-    def _old_strict_jobs(self, clients: RunClients, before: datetime) -> Iterator[str]:
-        """Name the jobs of our installations that mode `strict` made and that are over."""
-        token = ""
-        while self._instances:
-            asked = run_v2.ListJobsRequest(parent=self._place(), page_size=PAGE, page_token=token)
-            try:
-                with calling(self._meter, "read", f"cannot list the jobs in {self._place()}"):
-                    pager = clients.jobs.list_jobs(asked, retry=None, timeout=self._timeout())
-                    page = run_v2.ListJobsResponse.pb(next(iter(pager.pages)))
-            except api.NotFound:
-                return
-            for job in page.jobs:
-                ended = outcomes.moment(job.latest_created_execution, "completion_time")
-                ours = job.labels.get(INSTANCE_LABEL) in self._instances
-                if ours and "dispatcher-key" in job.labels and ended and ended < before:
-                    yield job.name
-            token = page.next_page_token
-            if not token:
-                return
+    def make_room(self, now: datetime, recorded: Callable[[Sequence[str]], Collection[str]]) -> int:
+        """Delete jobs of mode `strict` before `keep` is over, where the region's places get short.
+
+        Raises:
+            Unavailable: ask again later.
+        """
+        return self._own_jobs.make_room(now - self.settings.keep, recorded)
 
     # --- definition -------------------------------------------------------------------------------
 
@@ -428,16 +434,20 @@ class CloudRunBackend:
         Raises:
             Rejected: there is no such job.
         """
+        with self._lock:
+            known, unreadable = self._live.get(own.job), self._unreadable.get(own.job, -math.inf)
+        if self._monotonic() - unreadable < LIVE_KEPT:
+            return None
         try:
             return self._read_live(own, at_most_old=LIVE_KEPT)
         except Unavailable as error:
-            with self._lock:
-                known = self._live.get(own.job)
             log.debug("launched without a look at the job", job=own.job, why=str(error))
             return None if known is None else known[0]
         except Rejected as error:
             if isinstance(error.__cause__, api.NotFound):
                 raise
+            with self._lock:
+                self._unreadable[own.job] = self._monotonic()
             return None  # it may not be read; whether it may be run is for Cloud Run to say
 
     def _live_or_none(self, own: CloudRunOptions) -> run_v2.Job | None:
@@ -487,6 +497,7 @@ class CloudRunBackend:
             )
         with self._lock:
             self._live[own.job] = live, now
+            self._unreadable.pop(own.job, None)
         return live
 
     def _forget(self, job: str) -> None:

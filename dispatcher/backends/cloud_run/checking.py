@@ -110,7 +110,7 @@ def on_live(
     except Unavailable as error:
         if not _is_refusal(error):
             raise
-        yield Remark("fail", str(error), _VIEWER)
+        yield _refused(error, f"cannot read {name}")
         return
     yield from _definition(job, options, live)
     yield from _trial(job, options, clients, name, live, timeout)
@@ -269,14 +269,21 @@ def _reads(clients: RunClients, meter: Meter, name: str, timeout: float) -> Iter
     )
     for what, read in reads:
         try:
-            with calling(meter, "read", f"the {what} of {name} cannot be listed"):
+            with calling(meter, "read", text := f"the {what} of {name} cannot be listed"):
                 read()
         except api.NotFound:
             continue  # looked for, and so permitted: there is no execution yet
         except Unavailable as error:
             if not _is_refusal(error):
                 raise
-            yield Remark("fail", str(error), _VIEWER)
+            yield _refused(error, text)
+
+
+def _refused(error: Unavailable, what: str) -> Remark:
+    """Say what may not be read, and once what to do."""
+    if isinstance(error.__cause__, api.Forbidden):
+        return Remark("fail", f"{what}: {words(error.__cause__)}", _VIEWER)
+    return Remark("fail", str(error))
 
 
 def _is_refusal(error: Unavailable) -> bool:

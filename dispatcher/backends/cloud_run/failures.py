@@ -4,7 +4,7 @@
     429 RESOURCE_EXHAUSTED, RATE_LIMIT_EXCEEDED    Unavailable, clear     Unavailable, meter told
     400 invalid, precondition; 401; 403; 404;      Rejected               Unavailable, or Rejected
     405; 413; 501                                                         where the caller can tell
-    credentials missing or refused                 Rejected               the same
+    credentials missing or refused                 Rejected               as 401
     credentials cannot be had now                  Unavailable, clear     Unavailable
     anything else: 409, 499, 5xx, deadline,        Unavailable, open      Unavailable
     dropped connection, an unreadable answer
@@ -26,7 +26,15 @@ from google.protobuf import json_format
 
 from dispatcher.backends.base import BackendError, Meter, Rejected, Unavailable
 
-__all__ = ["CLIENT_ERRORS", "at_launch", "at_read", "calling", "is_missing", "words"]
+__all__ = [
+    "CLIENT_ERRORS",
+    "at_launch",
+    "at_read",
+    "calling",
+    "concerns_the_job",
+    "is_missing",
+    "words",
+]
 
 CLIENT_ERRORS: Final = (
     api.GoogleAPIError,
@@ -46,6 +54,13 @@ _REFUSALS: Final = (
     api.NotFound,
     api.MethodNotAllowed,
     api.MethodNotImplemented,
+)
+_OF_THE_JOB: Final = (
+    api.Unauthorized,
+    api.Forbidden,
+    api.NotFound,
+    api.FailedPrecondition,
+    auth.GoogleAuthError,
 )
 _TOO_LARGE: Final = 413
 
@@ -69,11 +84,44 @@ _HINTS: Final[tuple[tuple[type[Exception], str], ...]] = (
 
 def words(error: BaseException) -> str:
     """Give what the provider said, short and without the client's own dump."""
-    said = error.message if isinstance(error, api.GoogleAPICallError) else str(error)
+    said = _said_over_rest(error)
+    if said is None:
+        said = error.message if isinstance(error, api.GoogleAPICallError) else str(error)
     text = " ".join(str(said).split()) or type(error).__name__
     if isinstance(error, api.GoogleAPICallError) and error.code is not None:
         text = f"{int(error.code)} {text}"
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def _said_over_rest(error: BaseException) -> str | None:
+    """Read the provider's own words from the body of an answer over REST; None if it has none.
+
+    The client puts the verb and the whole URL before them.
+    """
+    said = _body(error).get("message")
+    return said if isinstance(said, str) and said else None
+
+
+def _body(error: BaseException) -> dict[str, Any]:
+    """Read what an answer over REST says of its error; empty if there is none, or it is no JSON."""
+    response = getattr(error, "response", None)
+    if not isinstance(response, requests.Response):
+        return {}
+    try:
+        body = response.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def concerns_the_job(error: BaseException | None) -> bool:
+    """Whether a launch was refused for what its job, or the workers' account, is like.
+
+    Other launches of the job would meet the same. FAILED_PRECONDITION is a job that is not ready.
+    """
+    if isinstance(error, _OF_THE_JOB):
+        return True
+    return error is not None and _body(error).get("status") == "FAILED_PRECONDITION"
 
 
 def is_missing(error: BaseException) -> bool:
@@ -81,8 +129,11 @@ def is_missing(error: BaseException) -> bool:
     return isinstance(error, api.NotFound)
 
 
-def at_launch(error: Exception, what: str) -> BackendError:
-    """Word what a launch call, or a call that defines something, raised."""
+def at_launch(error: Exception, what: str, forbidden: str | None = None) -> BackendError:
+    """Word what a launch call, or a call that defines something, raised.
+
+    `forbidden` is what to do where it may not be done; as a default, what lets a launch run.
+    """
     text = f"{what}: {words(error)}"
     if _is_throttle(error):
         return Unavailable(text, not_started=True, retry_after=_retry_after(error))
@@ -93,6 +144,8 @@ def at_launch(error: Exception, what: str) -> BackendError:
     code = getattr(error, "code", None)
     if isinstance(error, _REFUSALS) or code == _TOO_LARGE:
         hint = next((hint for kind, hint in _HINTS if isinstance(error, kind)), None)
+        if isinstance(error, api.Forbidden):
+            hint = forbidden or hint
         return Rejected(f"{text}; {hint}" if hint else text)
     return Unavailable(text)
 
@@ -112,14 +165,18 @@ def at_read(error: Exception, what: str) -> Unavailable:
 
 
 @contextmanager
-def calling(meter: Meter, kind: Literal["read", "write", "logs"], what: str) -> Iterator[None]:
+def calling(
+    meter: Meter, kind: Literal["read", "write", "logs"], what: str, *, gentle: bool = False
+) -> Iterator[None]:
     """Pay for one call and make it; NOT_FOUND comes through as it is.
+
+    `gentle` leaves half of a full budget for calls that matter more.
 
     Raises:
         Unavailable: the budget is used up, or the call did not work.
         google.api_core.exceptions.NotFound: there is no such thing.
     """
-    meter.take(kind)
+    meter.take(kind, gentle=gentle)
     try:
         yield
     except api.NotFound:
@@ -127,7 +184,17 @@ def calling(meter: Meter, kind: Literal["read", "write", "logs"], what: str) -> 
     except CLIENT_ERRORS as error:
         if _is_throttle(error):
             meter.throttled(kind)
-        raise at_read(error, what) from error
+        answer = _answer(error)
+        raise at_read(answer, what) from answer
+
+
+def _answer(error: Exception) -> Exception:
+    """Give what a call was answered: over REST a session that can renew no token hides the 401."""
+    if isinstance(error, auth.GoogleAuthError) and not _may_pass(error):
+        answer = api.Unauthorized(words(error))  # type: ignore[no-untyped-call]  # half typed
+        answer.__cause__ = error
+        return answer
+    return error
 
 
 def _is_throttle(error: Exception) -> bool:
@@ -137,7 +204,9 @@ def _is_throttle(error: Exception) -> bool:
 
 
 def _may_pass(error: auth.GoogleAuthError) -> bool:
-    return bool(error.retryable) or isinstance(error, auth.TransportError)
+    # A metadata server that cannot be reached is told as a refusal that was caused by that.
+    causes = (error, error.__cause__)
+    return bool(error.retryable) or any(isinstance(one, auth.TransportError) for one in causes)
 
 
 def _retry_after(error: Exception) -> timedelta | None:

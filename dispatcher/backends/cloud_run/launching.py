@@ -24,10 +24,12 @@ __all__ = [
     "INLINE_BYTES",
     "MAX_TEXT_BYTES",
     "TOKEN",
+    "cannot_make_a_job",
     "check_live",
     "container_of",
     "env_of",
     "makes_a_job",
+    "may_make_a_job",
     "misfits",
     "run_request",
     "strict_id",
@@ -131,11 +133,29 @@ def misfits(request: LaunchRequest, env: dict[str, str]) -> Iterator[str]:
         yield f"there are {len(first.args):,} args and Cloud Run allows {MAX_ARGS:,}"
 
 
-def makes_a_job(options: CloudRunOptions, live: Any | None, tasks: int) -> bool:
+def makes_a_job(options: CloudRunOptions, live: Any | None, request: LaunchRequest) -> bool:
     """Say if a launch makes a job of its own."""
-    if options.mode == "mixed":
-        return live is not None and tasks < live.template.parallelism
-    return options.mode == "strict"
+    if not may_make_a_job(options, request):
+        return False
+    if options.mode == "strict":
+        return True
+    return live is not None and len(request.tasks) < live.template.parallelism
+
+
+def may_make_a_job(options: CloudRunOptions, request: LaunchRequest) -> bool:
+    """Say if a launch makes a job of its own, now or with another definition of the shared one.
+
+    In mode `shared` a retry does where it has fewer tasks than the definition's parallelism: else
+    nothing could be retried but what fails together.
+    """
+    return options.mode != "shared" or any(task.attempt > 1 for task in request.tasks)
+
+
+def cannot_make_a_job(options: CloudRunOptions, name: str, live: Any, tasks: int) -> str:
+    """Say what a launch could not do that needs a job of its own, and why it does."""
+    if options.mode == "strict":
+        return f"cannot create the job {name}"
+    return f"{_too_few(options, live, tasks)}. A job of its own for them, {name}, cannot be created"
 
 
 def check_live(
@@ -151,10 +171,8 @@ def check_live(
         return
     if tasks < template.parallelism:
         yield (
-            f"the Cloud Run job {options.job} has parallelism {template.parallelism} and this "
-            f"execution has {tasks} task{'' if tasks == 1 else 's'}: Cloud Run refuses fewer tasks "
-            "than that. Set options.mode to mixed; or set its parallelism to 0 and limit the job "
-            "by `limits.running`"
+            f"{_too_few(options, live, tasks)}. Set options.mode to mixed; or set its parallelism "
+            "to 0 and limit the job by `limits.running`"
         )
     if options.parallelism is not None and not 0 < template.parallelism <= options.parallelism:
         has = template.parallelism or "none (as many as it can)"
@@ -162,6 +180,14 @@ def check_live(
             f"options.parallelism is {options.parallelism} and the Cloud Run job {options.job} has "
             f"{has}: leave the option out, so that it is read there, or mend the definition"
         )
+
+
+def _too_few(options: CloudRunOptions, live: Any, tasks: int) -> str:
+    return (
+        f"the Cloud Run job {options.job} has parallelism {live.template.parallelism} and this "
+        f"execution has {tasks} task{'' if tasks == 1 else 's'}: Cloud Run refuses fewer tasks "
+        "than that"
+    )
 
 
 def container_of(options: CloudRunOptions, live: Any | None) -> str:
@@ -193,11 +219,13 @@ def run_request(
 ) -> run_v2.RunJobRequest:
     """Write the call that starts an execution of a job.
 
-    Without args of the job's own the definition's stay: empty args mean "unset" there [C].
+    Without args of the job's own the definition's stay, unless it says that there are to be none:
+    empty args mean "unset" there [C].
     """
     override = run_v2.RunJobRequest.Overrides.ContainerOverride(
         name=container,
         args=() if request.wrapped else list(request.tasks[0].args),
+        clear_args=_clears_args(request),
         env=[run_v2.EnvVar(name=name, value=value) for name, value in env.items()],
     )
     return run_v2.RunJobRequest(
@@ -243,7 +271,14 @@ def strict_job(
             part.env = [*kept, *(run_v2.EnvVar(name=n, value=v) for n, v in env.items())]
             if request.tasks[0].args and not request.wrapped:
                 part.args = list(request.tasks[0].args)
+            elif _clears_args(request):
+                part.args = []
     return job
+
+
+def _clears_args(request: LaunchRequest) -> bool:
+    """Whether the definition's args are to go: with the wrapper they are the image's command."""
+    return request.clear_args and not request.wrapped and not request.tasks[0].args
 
 
 def _whole_seconds(timeout: timedelta) -> timedelta:

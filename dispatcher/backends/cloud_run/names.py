@@ -9,7 +9,21 @@ from urllib.parse import quote
 
 from dispatcher.backends.base import Handle
 
-__all__ = ["ANY_JOB", "ExecutionName", "job_name", "log_filter", "read_handle", "same_place"]
+__all__ = [
+    "ANY_JOB",
+    "RESERVED_NAMES",
+    "RESERVED_PREFIXES",
+    "ExecutionName",
+    "job_name",
+    "log_filter",
+    "read_handle",
+    "same_place",
+]
+
+RESERVED_NAMES: Final = ("PORT", "K_SERVICE", "K_REVISION", "K_CONFIGURATION")
+RESERVED_PREFIXES: Final = ("CLOUD_RUN_", "X_GOOGLE_")
+"""Variables that Cloud Run sets itself [D: container contract]; that a job may not set them is
+documented for the CLOUD_RUN_ ones alone. The emulator refuses the same."""
 
 ANY_JOB: Final = "-"
 """Stands for every job of a region in a listing [C: ListExecutionsRequest.parent]."""

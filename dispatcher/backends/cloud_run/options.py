@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dispatcher.backends.cloud_run.names import RESERVED_NAMES, RESERVED_PREFIXES
 from dispatcher.durations import Duration, format_duration
 
 __all__ = [
@@ -47,13 +48,10 @@ _UNITS: Final = {"Mi": 2**20, "Gi": 2**30, "M": 10**6, "G": 10**9}
 _LEAST_MEMORY: Final = {"4": "2Gi", "8": "4Gi"}
 """What so many cpu need [C: ResourceRequirements.limits; D: cpu]."""
 
-_RESERVED: Final = re.compile(r"CLOUD_RUN_.*|K_.*|X_GOOGLE_.*|PORT")
-"""Cloud Run sets these itself and refuses them [D: container contract]."""
-
 
 def reserved(name: str) -> bool:
     """Whether a variable of this name is Cloud Run's own."""
-    return _RESERVED.fullmatch(name) is not None
+    return name in RESERVED_NAMES or name.startswith(RESERVED_PREFIXES)
 
 
 def _check_project(project: str) -> str:
@@ -91,7 +89,8 @@ def _check_env_name(name: str) -> str:
         raise ValueError("must be a variable's name: letters, digits and '_', and no digit first")
     if reserved(name):
         raise ValueError(
-            "must not be PORT or begin with CLOUD_RUN_, K_ or X_GOOGLE_: they are Cloud Run's"
+            f"must not be {', '.join(RESERVED_NAMES)}, or begin with "
+            f"{' or '.join(RESERVED_PREFIXES)}: they are Cloud Run's"
         )
     if name.startswith("DISPATCH_"):
         raise ValueError("must not begin with DISPATCH_: the dispatcher sets those itself")
@@ -186,7 +185,14 @@ class CloudRunSettings(_Value):
     )
     keep: Duration = Field(
         default=timedelta(days=1),
-        description="how long jobs that mode `strict` made are kept after their end; 1h or more",
+        description="how long jobs that mode `strict` made are kept after their end; 1h or more."
+        " Shorter where more than half of `max_jobs` are there",
+    )
+    max_jobs: int = Field(
+        default=1000,
+        ge=2,
+        description="Cloud Run jobs that the region may hold, a quota; launches that make one wait"
+        " where it is full",
     )
 
     @field_validator("endpoint", "logging_endpoint")
@@ -347,7 +353,8 @@ class CloudRunOptions(_Value):
         default="shared",
         description="shared: every execution is one of `job`; strict: each launch makes a job of"
         " its own from it, under a name that cannot be taken twice; mixed: shared, but strict for"
-        " an execution with fewer tasks than the job's parallelism, which Cloud Run refuses else",
+        " an execution with fewer tasks than the job's parallelism, which Cloud Run refuses else;"
+        " in `shared` too a retry of so few is one of a job of its own",
     )
     wrapped: bool = Field(
         default=False,

@@ -198,11 +198,20 @@ class Reader:
             look = self._look(parent, names, began)
             error = error or look.error
             told = told or bool(look.found)
-            for handle, execution in look.found.items():
-                reports[handle] = self._report(handle, execution)
+            for handle in sorted(look.found, key=self._listing_age):
+                reports[handle] = self._report(handle, look.found[handle])
         if error is not None and not told:
             raise error
         return reports
+
+    def _listing_age(self, handle: Handle) -> tuple[float, float]:
+        """Order executions by when their tasks were listed last, and what is being listed first.
+
+        The budget may do for the tasks of one pack only: so each has its turn.
+        """
+        known = self._memory.of(handle)
+        listed = -math.inf if known.tasks_listed is None else known.tasks_listed
+        return listed, math.inf if known.listing is None or not known.page_token else known.listing
 
     def _look(self, parent: str, names: Mapping[Handle, ExecutionName], began: float) -> _Look:
         """Look at executions under one parent: by list, and by name where that does not tell."""
@@ -372,7 +381,9 @@ class Reader:
             Unavailable: a page could not be read; what was read before is kept.
         """
         if known.listing is None:
-            known.listing, known.page_token = self._monotonic(), ""
+            known.page_token = ""
+        if not known.page_token:
+            known.listing = self._monotonic()  # also where no page could be had so far
         goal = told.tasks if told.done else told.ended
         for _ in range(MOST_TASK_PAGES):
             try:
@@ -563,7 +574,7 @@ class Reader:
         """
         request = run_v2.ListTasksRequest(parent=handle, page_size=PAGE, page_token=token)
         clients = self._ready()
-        with calling(self._meter, "read", f"cannot list the tasks of {handle}"):
+        with calling(self._meter, "read", f"cannot list the tasks of {handle}", gentle=True):
             pager = clients.tasks.list_tasks(request, retry=None, timeout=self._timeout)
             return run_v2.ListTasksResponse.pb(next(iter(pager.pages)))
 

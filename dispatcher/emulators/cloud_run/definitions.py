@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from dispatcher.backends.cloud_run.names import RESERVED_NAMES, RESERVED_PREFIXES
 from dispatcher.emulators.cloud_run.messages import Job, TaskTemplate, seconds_of, set_seconds
 from dispatcher.emulators.cloud_run.quantities import DEFAULT_MEMORY, amount
 from dispatcher.emulators.cloud_run.refusal import Code, Refused
@@ -51,8 +52,6 @@ CPUS: Final = frozenset({"1", "2", "4", "8", "1000m", "2000m", "4000m", "8000m"}
 
 JOB_ID: Final = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 ENV_NAME: Final = re.compile(r"[^=\x00]+")
-RESERVED: Final = frozenset({"PORT", "K_SERVICE", "K_REVISION", "K_CONFIGURATION"})
-RESERVED_PREFIXES: Final = ("CLOUD_RUN_", "X_GOOGLE_")
 RESERVED_LABELS: Final = (
     "run.googleapis.com",
     "cloud.googleapis.com",
@@ -144,7 +143,7 @@ def _check_env(where: str, env: Any) -> None:
                 f"{where}: the name {one.name[:80]!r} is invalid: 1 to {MAX_VALUE} characters "
                 "without '='."
             )
-        if one.name in RESERVED or one.name.startswith(RESERVED_PREFIXES):
+        if one.name in RESERVED_NAMES or one.name.startswith(RESERVED_PREFIXES):
             raise _wrong(f"{where}: the name {one.name} is reserved and cannot be set.")
         size = len(one.value.encode())
         if size > MAX_VALUE:

@@ -57,6 +57,8 @@ GUESSES: Final[Mapping[str, str]] = {
     "delete_running": "Deleting a job or an execution that runs stops its tasks at once.",
     "too_many_running": "RunJob beyond `max_running` executions in a region is refused with "
     "RESOURCE_EXHAUSTED.",
+    "too_many_jobs": "CreateJob beyond 1,000 jobs in a region is refused with "
+    "RESOURCE_EXHAUSTED; the number is documented and the code guessed. Parameter `max_jobs`.",
     "minute": "A rate quota holds in any span of 60 s. Google counts fixed minutes, which lets "
     "through more around their change.",
     "refused_calls_count": "A call that is refused for its content has used its quota; one that is "

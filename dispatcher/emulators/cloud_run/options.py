@@ -29,6 +29,9 @@ class EmulatorOptions:
     max_running: int | None = None
     """Executions that may run at once in a project and region."""
 
+    max_jobs: int | None = 1_000
+    """Jobs that may be there at once in a project and region (clouds.md §3)."""
+
     max_parallel_tasks: int | None = None
     """Tasks that may run at once, over all executions: the regional capacity."""
 

@@ -192,6 +192,8 @@ class World:
         token = given.start_execution_token or given.run_execution_token
         if token:
             definitions.check_token(name.rpartition("/")[2], token)
+        if old is None:
+            self._check_place(location_of(name))
         now = self.clock()
         job = Job()
         job.CopyFrom(given)
@@ -221,6 +223,19 @@ class World:
             if starts:
                 self._launch(job, RunJobRequest.Overrides(), started, now)
         return self._operations.finished(location_of(name), self._shown_job(job))
+
+    def _check_place(self, location: str) -> None:
+        """Refuse one job too many (clouds.md §3)."""
+        limit = self.options.max_jobs
+        if limit is None:
+            return
+        held = sum(location_of(name) == location for name in self._jobs)
+        if held >= limit:
+            raise Refused(
+                Code.RESOURCE_EXHAUSTED,
+                f"Quota exceeded: there are {held} jobs in this region; at most {limit} may be.",
+                reason="RESOURCE_QUOTA_EXCEEDED",
+            )
 
     def get_job(self, name: str) -> Any:
         """Return a job."""
