@@ -24,7 +24,8 @@ import sqlalchemy as sa
 import structlog
 
 from dispatcher import schema
-from dispatcher.engine import Place, boottime
+from dispatcher.boottime import boottime
+from dispatcher.engine import Place
 from dispatcher.errors import DispatcherError, SchemaMismatch
 from dispatcher.store.base import Conflict
 from dispatcher.storing import signs_results, tell

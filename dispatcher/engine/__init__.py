@@ -16,13 +16,14 @@ from datetime import timedelta
 
 from dispatcher.backends.base import Backend
 from dispatcher.backends.registry import make_backend
+from dispatcher.boottime import boottime
 from dispatcher.config import Config
 from dispatcher.engine.claiming import Claims
 from dispatcher.engine.definitions import Definitions
 from dispatcher.engine.firer import Firer
 from dispatcher.engine.launcher import Launcher
 from dispatcher.engine.metering import TargetMeter
-from dispatcher.engine.place import READERS, Place, Round, boottime
+from dispatcher.engine.place import READERS, Place, Round
 from dispatcher.engine.planner import Planner
 from dispatcher.engine.plans import PlanCache
 from dispatcher.engine.poller import Poller
@@ -33,7 +34,7 @@ from dispatcher.storage import Storage
 from dispatcher.store import Store
 from dispatcher.watching import Watch
 
-__all__ = ["Engine", "Place", "Round", "boottime"]
+__all__ = ["Engine", "Place", "Round"]
 
 
 class Engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,7 +33,6 @@ __all__ = [
     "Ending",
     "Place",
     "Round",
-    "boottime",
     "is_throttled",
     "plain",
     "report_breach",
@@ -48,11 +46,6 @@ READERS: Final = 8
 
 LONGEST_PAUSE: Final = 30.0
 """Seconds between two tries to look keys up while nobody answers, at most."""
-
-
-def boottime() -> float:
-    """Read a clock that nobody sets and that goes on while the machine sleeps."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(slots=True)

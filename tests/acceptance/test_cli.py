@@ -31,9 +31,10 @@ import typer.main
 from typer.testing import CliRunner
 
 from dispatcher import schema
+from dispatcher.boottime import boottime
 from dispatcher.cli import Scope, app, guarded
 from dispatcher.config import load_config
-from dispatcher.engine import Engine, boottime
+from dispatcher.engine import Engine
 from dispatcher.states import Outcome
 from dispatcher.store import Store
 from dispatcher.testing import Ending, Fault, NullWorld

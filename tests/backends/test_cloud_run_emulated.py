@@ -802,7 +802,7 @@ def test_check_names_what_is_wrong_with_the_job(cloud: Cloud) -> None:
     world.define(PROJECT, REGION, "etl", max_retries=3)
     only(remarks(backend), "warn", "max_retries 3", "up to 4 times")
     world.define(PROJECT, REGION, "etl", parallelism=4, task_count=4)
-    only(remarks(backend, max_tasks=10), "warn", "parallelism 4", "fewer tasks")
+    only(remarks(backend, max_tasks=10), "fail", "parallelism 4", "fewer tasks")
     found = remarks(backend, max_tasks=2)
     assert any("parallelism 4" in text and level == "fail" for text, level in found.items())
     limited = Job.model_validate({"name": "etl", "target": "cloud", "limits": {"running": 2}})

@@ -264,7 +264,8 @@ def test_a_retry_of_fewer_tasks_than_the_parallelism_gets_a_job_of_its_own(
     def script(start: TaskStart) -> TaskEnd:
         return TaskEnd(seconds=6, exit_code=int(chunk_of(start) == (100, 1)))
 
-    etl = {"options": {"job": "etl", "max_tasks": 200}, "limits": {"running": 2}}
+    options = {"job": "etl", "max_tasks": 200, "mode": "mixed"}
+    etl = {"options": options, "limits": {"running": 2}}
     cloud = make_cloud(script, jobs={"etl": etl}, definition={"parallelism": 2})
     batch = cloud.dispatcher.enqueue("etl", range(200))
     assert cloud.finish(batch, step=5, within=1800).state == "succeeded"
@@ -276,13 +277,29 @@ def test_a_retry_of_fewer_tasks_than_the_parallelism_gets_a_job_of_its_own(
     assert (cloud.launches, cloud.emulator.calls["Jobs.CreateJob"]) == (1, 1)
 
 
+def test_in_mode_shared_nothing_is_registered_at_a_launch_and_such_a_retry_is_rejected(
+    make_cloud: MakeCloud,
+) -> None:
+    def script(start: TaskStart) -> TaskEnd:
+        return TaskEnd(seconds=6, exit_code=int(chunk_of(start) == (3, 1)))
+
+    etl = {"options": {"job": "etl", "max_tasks": 10}, "limits": {"running": 2}}
+    cloud = make_cloud(script, jobs={"etl": etl}, definition={"parallelism": 2})
+    batch = cloud.dispatcher.enqueue("etl", range(10))
+    assert cloud.finish(batch, step=5, within=600).state == "failed"
+    chunk = next(chunk for chunk in cloud.chunks(batch) if chunk.index == 3)
+    assert attempts_of(chunk) == ["failed", "rejected"]
+    assert "has parallelism 2 and this execution has 1 task" in (chunk.reason or "")
+    assert "Set options.mode to mixed" in (chunk.reason or "")
+    assert (cloud.launches, cloud.emulator.calls["Jobs.CreateJob"]) == (1, 0)
+
+
 def test_where_no_job_may_be_made_a_retry_says_what_is_missing(cloud: CloudOfABackend) -> None:
     cloud.emulator.world.define(PROJECT, REGION, "etl", parallelism=2, task_count=2)
     cloud.emulator.world.permissions = frozenset(
         {"run.jobs.get", "run.jobs.run", "run.jobs.runWithOverrides", "run.executions.list"}
     )
-    backend, made = cloud.backend(), request()
-    retry = replace(made, tasks=(replace(made.tasks[0], attempt=2),))
+    backend, retry = cloud.backend(), request(options={"mode": "mixed"})
     with pytest.raises(Rejected) as caught:
         backend.launch(retry)
     said = str(caught.value)
@@ -290,7 +307,8 @@ def test_where_no_job_may_be_made_a_retry_says_what_is_missing(cloud: CloudOfABa
     assert "cannot be created: 403 " in said
     assert "run.jobs.create" in said
     assert "jobsExecutorWithOverrides" not in said
-    assert backend.launch(request(2)).handle, "others are not refused for it"
+    two = request(2, options={"mode": "mixed"})
+    assert backend.launch(two).handle, "others are not refused for it"
     assert backend.find(retry) is None
 
 
@@ -299,8 +317,7 @@ def test_a_retrys_own_job_is_found_by_its_key_after_a_lost_reply(
     cloud: CloudOfABackend, reply: Reply
 ) -> None:
     cloud.emulator.world.define(PROJECT, REGION, "etl", parallelism=2, task_count=2)
-    made = request()
-    retry = replace(made, tasks=(replace(made.tasks[0], attempt=2),))
+    retry = request(options={"mode": "mixed"})
     cloud.emulator.faults.add(lose_reply("Jobs.CreateJob", reply))
     with pytest.raises(Unavailable) as caught:
         cloud.backend().launch(retry)
@@ -310,6 +327,31 @@ def test_a_retrys_own_job_is_found_by_its_key_after_a_lost_reply(
     assert found.handle == cloud.emulator.world.executed[0].name
     assert cloud.backend().launch(retry).handle == found.handle
     assert len(cloud.emulator.world.executed) == 1
+
+
+def test_in_mode_mixed_nothing_is_started_while_the_job_cannot_be_looked_at(
+    cloud: CloudOfABackend,
+) -> None:
+    cloud.emulator.world.define(PROJECT, REGION, "etl", parallelism=2, task_count=2)
+    few = request(options={"mode": "mixed"})
+    away = refuse("Jobs.GetJob")
+    with cloud.emulator.faults.during(away), pytest.raises(Unavailable) as caught:
+        cloud.backend().launch(few)
+    assert caught.value.not_started
+    assert cloud.emulator.world.executed == []
+    assert cloud.backend().launch(few).handle
+
+
+def test_a_job_that_was_mended_is_launched_without_waiting_for_what_was_known_of_it(
+    cloud: CloudOfABackend,
+) -> None:
+    cloud.emulator.world.define(PROJECT, REGION, "etl", parallelism=10, task_count=10)
+    backend = cloud.backend()
+    with pytest.raises(Rejected, match="has parallelism 10 and this execution has 1 task"):
+        backend.launch(request())
+    cloud.emulator.world.define(PROJECT, REGION, "etl", parallelism=0, task_count=1)
+    cloud.clock.ahead += 11
+    assert backend.launch(request()).handle
 
 
 # --- room for jobs --------------------------------------------------------------------------------

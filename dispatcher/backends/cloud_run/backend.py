@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from threading import Lock
@@ -48,6 +47,7 @@ from dispatcher.backends.cloud_run.options import (
 from dispatcher.backends.cloud_run.own_jobs import OwnJobs
 from dispatcher.backends.cloud_run.reading import PAGE, Reader
 from dispatcher.backends.cloud_run.refusals import Refusals
+from dispatcher.boottime import boottime
 from dispatcher.job import Job
 
 __all__ = ["CloudRunBackend"]
@@ -59,6 +59,9 @@ MAX_PAYLOAD_BYTES: Final = 64 * 1024 * 1024
 
 LIVE_KEPT: Final = 300.0
 """Seconds for which a Cloud Run job is taken to be as it was read."""
+
+REFUSED_KEPT: Final = 10.0
+"""The same where a launch would be refused for it: somebody may just have mended it."""
 
 MAKES_JOBS: Final = (
     "give the workers' account run.jobs.create, run.jobs.get and run.jobs.delete on the project, "
@@ -88,7 +91,7 @@ class CloudRunBackend:
         settings: BaseModel,
         meter: Meter = UNMETERED,
         *,
-        monotonic: Callable[[], float] = time.monotonic,
+        monotonic: Callable[[], float] = boottime,
     ) -> None:
         if not isinstance(settings, CloudRunSettings):
             raise TypeError(f"target {name!r}: settings are {settings!r}, not CloudRunSettings")
@@ -183,16 +186,34 @@ class CloudRunBackend:
                 clients = self._clients.run()
             except CLIENT_ERRORS as error:
                 raise at_launch(error, "cannot speak to Cloud Run") from error
-            live = self._live_for(own)
-            strict = launching.makes_a_job(own, live, request)
-            if live is not None:
-                _refuse(launching.check_live(own, live, len(request.tasks), strict=strict))
+            live, strict = self._look_ahead(own, request)
             container = launching.container_of(own, live)
             if not strict:
                 return self._launch_shared(request, env, container, clients, began)
         # Whether a job may be made says nothing of those that run the shared one.
         with self._refusals.asking(f"{own.job}, by a job of its own", self._short()):
             return self._launch_strict(request, env, container, clients, began)
+
+    def _look_ahead(
+        self, own: CloudRunOptions, request: LaunchRequest
+    ) -> tuple[run_v2.Job | None, bool]:
+        """Look at the job as it is known to be, and say if the launch makes one of its own.
+
+        Raises:
+            Rejected: it cannot run so many tasks, also when it is looked at anew.
+            Unavailable: the kind of launch depends on the job, which cannot be read now.
+        """
+        live = self._live_for(own)
+        strict = launching.makes_a_job(own, live, request)
+        if live is None:
+            return live, strict
+        tasks = len(request.tasks)
+        if any(launching.check_live(own, live, tasks, strict=strict)):
+            # It may have been mended since it was read; one read serves all that would be refused.
+            live = self._read_live(own, at_most_old=REFUSED_KEPT, not_started=True)
+            strict = launching.makes_a_job(own, live, request)
+            _refuse(launching.check_live(own, live, tasks, strict=strict))
+        return live, strict
 
     def _launch_shared(
         self,
@@ -288,13 +309,8 @@ class CloudRunBackend:
         own = _own(request.options)
         self._own_jobs.serve(request.instance)
         found = None
-        if launching.may_make_a_job(own, request):
-            try:
-                found = self._find_strict(request, self._ready(), self._timeout())
-            except Unavailable as error:
-                # Who may not read a job of that name has made none in mode `shared` either.
-                if own.mode != "shared" or not isinstance(error.__cause__, api.Forbidden):
-                    raise
+        if own.mode != "shared":
+            found = self._find_strict(request, self._ready(), self._timeout())
         if found is None and own.mode != "strict":
             found = self._reader.find(request, own.job)
         return found
@@ -431,20 +447,26 @@ class CloudRunBackend:
     def _live_for(self, own: CloudRunOptions) -> run_v2.Job | None:
         """Give the job as it is, or as it was, for a check before a launch; None if unknown.
 
+        In mode `mixed` it is never unknown: the kind of launch depends on it.
+
         Raises:
-            Rejected: there is no such job.
+            Rejected: there is no such job; or it may not be read and must be.
+            Unavailable: it must be read and cannot be now; nothing was started.
         """
         with self._lock:
             known, unreadable = self._live.get(own.job), self._unreadable.get(own.job, -math.inf)
-        if self._monotonic() - unreadable < LIVE_KEPT:
+        needed = own.mode == "mixed"
+        if self._monotonic() - unreadable < LIVE_KEPT and not needed:
             return None
         try:
-            return self._read_live(own, at_most_old=LIVE_KEPT)
+            return self._read_live(own, at_most_old=LIVE_KEPT, not_started=True)
         except Unavailable as error:
+            if known is None and needed:
+                raise
             log.debug("launched without a look at the job", job=own.job, why=str(error))
             return None if known is None else known[0]
         except Rejected as error:
-            if isinstance(error.__cause__, api.NotFound):
+            if needed or isinstance(error.__cause__, api.NotFound):
                 raise
             with self._lock:
                 self._unreadable[own.job] = self._monotonic()
@@ -458,8 +480,12 @@ class CloudRunBackend:
                 return None
             raise
 
-    def _read_live(self, own: CloudRunOptions, *, at_most_old: float) -> run_v2.Job:
+    def _read_live(
+        self, own: CloudRunOptions, *, at_most_old: float, not_started: bool = False
+    ) -> run_v2.Job:
         """Read the Cloud Run job that a job names, if what is known of it is older than this.
+
+        `not_started` says that it is read before a launch, which has not been called if that fails.
 
         Raises:
             Rejected: there is no such job, or it may not be read.
@@ -488,6 +514,10 @@ class CloudRunBackend:
             cause = error.__cause__
             if isinstance(cause, (api.Forbidden, api.Unauthorized, api.BadRequest)):
                 raise at_launch(cause, what) from cause
+            if not_started:
+                raise Unavailable(
+                    str(error), retry_after=error.retry_after, not_started=True
+                ) from cause
             raise
         if live.template.template.max_retries and own.mode == "shared" and known is None:
             log.warning(

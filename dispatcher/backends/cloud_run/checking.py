@@ -205,9 +205,9 @@ def _parallelism(job: Job, options: CloudRunOptions, fixed: int) -> Iterator[Rem
         )
     if fixed > 1 and options.mode == "shared":
         yield Remark(
-            "warn" if options.max_tasks >= fixed else "fail",
+            "fail",
             f"the Cloud Run job has parallelism {fixed}: Cloud Run refuses executions of fewer "
-            f"tasks than that, such as the last one of a batch, or a retry"
+            "tasks than that, such as the last one of a batch, or a retry"
             + (f", and options.max_tasks is {options.max_tasks}" * (options.max_tasks < fixed)),
             "set options.mode to mixed, which makes a job of their own for these; or set its "
             "parallelism to 0 and limit the job by `limits.running`",

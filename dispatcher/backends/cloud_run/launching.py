@@ -29,7 +29,6 @@ __all__ = [
     "container_of",
     "env_of",
     "makes_a_job",
-    "may_make_a_job",
     "misfits",
     "run_request",
     "strict_id",
@@ -135,20 +134,9 @@ def misfits(request: LaunchRequest, env: dict[str, str]) -> Iterator[str]:
 
 def makes_a_job(options: CloudRunOptions, live: Any | None, request: LaunchRequest) -> bool:
     """Say if a launch makes a job of its own."""
-    if not may_make_a_job(options, request):
-        return False
-    if options.mode == "strict":
-        return True
+    if options.mode != "mixed":
+        return options.mode == "strict"
     return live is not None and len(request.tasks) < live.template.parallelism
-
-
-def may_make_a_job(options: CloudRunOptions, request: LaunchRequest) -> bool:
-    """Say if a launch makes a job of its own, now or with another definition of the shared one.
-
-    In mode `shared` a retry does where it has fewer tasks than the definition's parallelism: else
-    nothing could be retried but what fails together.
-    """
-    return options.mode != "shared" or any(task.attempt > 1 for task in request.tasks)
 
 
 def cannot_make_a_job(options: CloudRunOptions, name: str, live: Any, tasks: int) -> str:

@@ -353,8 +353,7 @@ class CloudRunOptions(_Value):
         default="shared",
         description="shared: every execution is one of `job`; strict: each launch makes a job of"
         " its own from it, under a name that cannot be taken twice; mixed: shared, but strict for"
-        " an execution with fewer tasks than the job's parallelism, which Cloud Run refuses else;"
-        " in `shared` too a retry of so few is one of a job of its own",
+        " an execution with fewer tasks than the job's parallelism, which Cloud Run refuses else",
     )
     wrapped: bool = Field(
         default=False,
