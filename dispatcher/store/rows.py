@@ -152,6 +152,8 @@ class OpenTask(NamedTuple):
     items: int
     """How many it was given."""
 
+    handle: str | None
+
 
 class Part(NamedTuple):
     """A chunk that another one is split into."""
