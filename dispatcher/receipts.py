@@ -14,6 +14,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final
@@ -27,6 +28,7 @@ __all__ = [
     "InvalidReceipt",
     "ItemResult",
     "Receipt",
+    "begins_a_receipt",
     "halves",
     "most_bytes",
     "open_positions",
@@ -136,6 +138,14 @@ def progress_name(task_index: int) -> str:
 def most_bytes(items: int) -> int:
     """Say how large the receipt of a task may be that was given so many items."""
     return min(MAX_RECEIPT_BYTES, BASE_BYTES + items * ITEM_BYTES)
+
+
+def begins_a_receipt(beginning: bytes) -> bool:
+    """Say if something of which only the beginning is known claims to be a receipt."""
+    told: dict[str, Any] = {}
+    with suppress(InvalidReceipt, _TooMuch):
+        _members(_Text(beginning), told, Expected("", 0, 0, 0))
+    return isinstance(told.get("complete"), bool) or told.get("version") == 1
 
 
 def read_receipt(data: bytes, expected: Expected, uri: str | None = None) -> Receipt:
@@ -408,7 +418,7 @@ def _told(data: bytes, expected: Expected) -> tuple[dict[str, Any], _Items | Non
 def _members(text: _Text, told: dict[str, Any], expected: Expected) -> _Items | None:
     """Read an object into `told`, as far as it is known; of a key that is there twice, the last."""
     items = None
-    text.take("{")
+    text.insist("{")
     if not text.take("}"):
         while True:
             if text.peek() != '"':

@@ -23,13 +23,14 @@ from dispatcher.receipts import (
     Expected,
     InvalidReceipt,
     Receipt,
+    begins_a_receipt,
     most_bytes,
     progress_name,
     read_receipt,
     receipt_name,
 )
 from dispatcher.states import Outcome
-from dispatcher.storage import Storage, TooLarge, read_object
+from dispatcher.storage import Storage, TooLarge, read_beginning, read_object
 from dispatcher.store import Store
 from dispatcher.store.rows import OpenTask
 
@@ -42,6 +43,9 @@ READ_AT_ONCE: Final = 16
 
 SMALL_BYTES: Final = 256 << 10
 """What is larger is read one after the other, and beside few others of its kind."""
+
+SNIFFED_BYTES: Final = 64 << 10
+"""Of what is too large to be a receipt, so much is read to see whether it claims to be one."""
 
 LARGE_AT_ONCE: Final = 2
 """Larger ones that are held at the same time, by all targets together: of 16 MiB at most each."""
@@ -345,7 +349,16 @@ def _read_large(one: Wanted) -> Told | None:
     try:
         return _or_problem(one, most_bytes(one.task.items))
     except TooLarge as error:
-        return Told(None, f"{error}: it tells of {one.task.items} items", foreign=True)
+        why = f"{error}: the task was given {one.task.items} items"
+    # A result of the program's own kind may be as large as it likes, and is no receipt that failed.
+    try:
+        found = (begin(SNIFFED_BYTES) for _, _, begin in _places(one))
+        beginning = next((data for data in found if data is not None), b"")
+    except Unreachable:
+        raise
+    except DispatcherError as error:
+        return Told(None, f"it cannot be read: {error}", foreign=True)
+    return Told(None, why, foreign=not begins_a_receipt(beginning))
 
 
 def _or_problem(one: Wanted, most: int) -> Told | None:
@@ -359,13 +372,13 @@ def _or_problem(one: Wanted, most: int) -> Told | None:
         return Told(None, f"it cannot be read: {error}", foreign=True)
 
 
-Source: TypeAlias = tuple[str, Callable[[int], bytes | None]]
-"""A URI, and what reads it up to a size."""
+Source: TypeAlias = tuple[str, Callable[[int], bytes | None], Callable[[int], bytes | None]]
+"""A URI, what reads it up to a size, and what reads its beginning."""
 
 
 def _read(sources: Iterator[Source], task: OpenTask, most: int) -> Told | None:
     """Read the first that is there."""
-    for uri, read in sources:
+    for uri, read, _ in sources:
         data = read(most)
         if data is not None:
             expected = Expected(task.key, task.task_index, task.number, task.items)
@@ -377,8 +390,8 @@ def _read(sources: Iterator[Source], task: OpenTask, most: int) -> Told | None:
 def _places(one: Wanted) -> Iterator[Source]:
     """Name where a receipt may lie and how it is read there, the complete one first."""
     if one.uri is not None:
-        yield one.uri, partial(read_object, one.uri)
-        yield _own_progress(one.uri)
+        yield _own(one.uri)
+        yield _own(_progress_of(one.uri))
     yield from _stored(one, receipt_name(one.task.task_index))
     yield from _stored(one, progress_name(one.task.task_index))
 
@@ -386,16 +399,20 @@ def _places(one: Wanted) -> Iterator[Source]:
 def _progress_places(one: Wanted) -> Iterator[Source]:
     """Name where a running task may say how far it is."""
     if one.uri is not None:
-        yield _own_progress(one.uri)
+        yield _own(_progress_of(one.uri))
     yield from _stored(one, progress_name(one.task.task_index))
 
 
-def _own_progress(uri: str) -> Source:
-    progress = uri.removesuffix(".json") + PROGRESS
-    return progress, partial(read_object, progress)
+def _progress_of(uri: str) -> str:
+    return uri.removesuffix(".json") + PROGRESS
+
+
+def _own(uri: str) -> Source:
+    return uri, partial(read_object, uri), partial(read_beginning, uri)
 
 
 def _stored(one: Wanted, name: str) -> Iterator[Source]:
     if one.storage is not None and (one.written is None or name in one.written):
         path = result_prefix(one.task.batch_id, one.task.key) + name
-        yield one.storage.uri(path), partial(one.storage.read, path)
+        storage = one.storage
+        yield storage.uri(path), partial(storage.read, path), partial(storage.beginning, path)

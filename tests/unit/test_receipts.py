@@ -21,6 +21,7 @@ from dispatcher.receipts import (
     InvalidReceipt,
     ItemResult,
     Receipt,
+    begins_a_receipt,
     halves,
     most_bytes,
     open_positions,
@@ -272,6 +273,24 @@ class TestSizes:
             with pytest.raises(InvalidReceipt, match="a value of more than 262,144 char") as told:
                 read_receipt(data, EXPECTED)
             assert told.value.foreign is foreign
+
+    @pytest.mark.parametrize(
+        ("beginning", "claims"),
+        [
+            (b'{"version": 1, "complete": true, "items": [{"i": 0, "error": "xxx', True),
+            (b'{"attempt": 1, "complete": false, "items": [{"i": 0', True),
+            (b'{"items": [{"i": 0}, {"i": 1}], "version": 1, "items": [', True),
+            (b'{"version": "4.2", "rows": [7, 7, 7', False),
+            (b'{"rows": [{"version": 1, "complete": true}, ', False),
+            (b'["version", 1, "complete", true', False),
+            (b"\x1f\x8b\x08\xff\xff", False),
+            (b"", False),
+        ],
+    )
+    def test_its_beginning_tells_a_receipt_from_another_file(
+        self, beginning: bytes, claims: bool
+    ) -> None:
+        assert begins_a_receipt(beginning) is claims
 
     def test_surplus_items_are_counted_up_to_a_point(self) -> None:
         told = written(*[{}] * 20, complete=True)
