@@ -52,6 +52,7 @@ __all__ = [
     "StoredObject",
     "TooLarge",
     "check_uri",
+    "read_beginning",
     "read_bytes",
     "read_items",
     "read_object",
@@ -211,6 +212,18 @@ class Storage:
             f"{self.uri(path)} has {found.meta['size']:,} bytes, and may have {most:,}; "
             "it was not read"
         )
+
+    def beginning(self, path: str, most: int) -> bytes | None:
+        """Read the first bytes of an object; None if there is none."""
+        with self._explaining("read", _safe(path)):
+            try:
+                # No range is asked for: what does not know ranges would seem not to answer.
+                blocks = obstore.get(self._opened(), path).stream(min_chunk_size=most)
+                return next((bytes(block)[:most] for block in blocks), b"")
+            except FileNotFoundError as error:
+                if _names_no_bucket(error):
+                    raise
+                return None
 
     def sign(self, path: str, *, method: Literal["GET", "PUT"], expires: timedelta) -> str:
         """Make a URL with which anybody may read or write this object for a while.
@@ -490,10 +503,27 @@ def read_object(uri: str, most: int) -> bytes | None:
         StorageRefused: the storage refuses.
         Unreachable: it does not answer.
     """
+    found = _around(uri)
+    return None if found is None else found[0].read(found[1], most)
+
+
+def read_beginning(uri: str, most: int) -> bytes | None:
+    """Read the first bytes of an object by its whole URI; None if there is none.
+
+    Raises:
+        StorageRefused: the storage refuses.
+        Unreachable: it does not answer.
+    """
+    found = _around(uri)
+    return None if found is None else found[0].beginning(found[1], most)
+
+
+def _around(uri: str) -> tuple[Storage, str] | None:
+    """Take what an object lies in for a storage, and its name there; None if it is not there."""
     if uri.startswith("file://") and not Path(unquote(urlsplit(uri).path)).exists():
         return None  # and a look makes no directory, which a task of another user could not use
     parent, _, name = uri.rpartition("/")
-    return Storage(parent).read(name, most)
+    return Storage(parent), name
 
 
 def check_uri(uri: str) -> None:

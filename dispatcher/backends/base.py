@@ -43,6 +43,7 @@ __all__ = [
     "Definable",
     "Definition",
     "Handle",
+    "KeepsResults",
     "LaunchRequest",
     "Launched",
     "Meter",
@@ -489,5 +490,17 @@ class Definable(Protocol):
         Raises:
             Rejected: the provider refuses it.
             Unavailable: ask again later.
+        """
+        ...
+
+
+@runtime_checkable
+class KeepsResults(Protocol):
+    """A backend with which tasks leave their results: where `limits.own_results` says so."""
+
+    def result_uri(self, handle: Handle, task_index: int) -> str:
+        """Name where a task is told to write its result; nobody looks if it has.
+
+        Beside it is what it says while it runs.
         """
         ...

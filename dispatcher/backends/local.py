@@ -355,6 +355,10 @@ class LocalBackend:
             yield "--- stderr ---"
         yield from err
 
+    def result_uri(self, handle: Handle, task_index: int) -> str:
+        """Name the file in the spool that a task writes where no storage is configured."""
+        return (self._spool / handle / str(task_index) / shim.RESULT).as_uri()
+
     def clean(self, now: datetime) -> int:
         """Remove the directories of executions that ended longer than `keep` ago; say how many.
 

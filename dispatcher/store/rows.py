@@ -156,6 +156,8 @@ class OpenTask(NamedTuple):
     items: int
     """How many it was given."""
 
+    handle: str | None
+
 
 class ToSplit(NamedTuple):
     """A chunk that goes on in smaller ones."""

@@ -78,7 +78,7 @@ class SettleStore(BaseStore):
             tx,
             """
             SELECT a.execution_id, a.task_index, e.key, a.batch_id, a.number,
-                coalesce(cardinality(a.positions), c.size)
+                coalesce(cardinality(a.positions), c.size), e.handle
             FROM dispatcher.attempt a
             JOIN dispatcher.execution e ON e.id = a.execution_id
             JOIN dispatcher.chunk c ON c.batch_id = a.batch_id AND c.index = a.chunk_index
@@ -96,7 +96,7 @@ class SettleStore(BaseStore):
                 tx,
                 """
                 SELECT a.execution_id, a.task_index, e.key, a.batch_id, a.number,
-                    coalesce(cardinality(a.positions), c.size)
+                    coalesce(cardinality(a.positions), c.size), e.handle
                 FROM dispatcher.execution e
                 JOIN dispatcher.attempt a ON a.execution_id = e.id AND a.outcome IS NULL
                 JOIN dispatcher.chunk c ON c.batch_id = a.batch_id AND c.index = a.chunk_index

@@ -231,8 +231,12 @@ BAD: Final[dict[str, tuple[Spoil, str]]] = {
         "the output of item 0 holds a number",
     ),
     "nonsense": (
+        lambda _: b'{"version":1,"complete":true,"items":[' + b"[]," * 5_000 + b"[]]}",
+        "it tells of 5001 items; 2 were given",
+    ),
+    "large": (
         lambda _: b'{"version":1,"complete":true,"items":[' + b"[]," * 2_000_000 + b"[]]}",
-        "it tells of 2000001 items; 2 were given",
+        "6,000,042 bytes, and may have 360,448; it was not read: the task was given 2 items",
     ),
     "enormous": (lambda _: b"{}", "104,857,600 bytes"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench import HERE, Bench, job
+from workbench import HERE, Bench, eventually, job
 
 from dispatcher.backends.base import LaunchRequest, TaskInput
+from dispatcher.backends.local import LocalBackend, LocalSettings
 from dispatcher.client import Batch
 from dispatcher.engine import receipts as receipts_module
 from dispatcher.errors import Unreachable
@@ -380,6 +382,110 @@ def test_a_receipt_of_100_megabytes_is_not_read(make: Make, tmp_path: Path, requ
     ((outcome, reason),) = outcomes(bench, batch)
     assert outcome == ("suspect" if required else "succeeded")
     assert ("104,857,600 bytes" in (reason or "")) is required
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_receipt_is_not_read_that_is_too_large_for_the_items_that_were_given(
+    make: Make, required: bool
+) -> None:
+    bench, containers = make(
+        retry={"infrastructure_attempts": 1}, receipt="required" if required else "optional"
+    )
+
+    def large(request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
+        told = receipt(request, task, [(i, True) for i in range(len(items))])
+        containers.write(request, task, json.dumps(told).encode() + b" " * (400 << 10))
+        return Ending()
+
+    containers.work = large
+    batch = bench.finish(bench.enqueue(["a"]))
+    ((outcome, reason),) = outcomes(bench, batch)
+    assert outcome == "suspect"
+    refused = "409,7[0-9]{2} bytes, and may have 311,296; it was not read: the task was given 1 i"
+    assert re.search(refused, reason or "")
+    batch = bench.finish(bench.enqueue(range(4), chunk_size=4))
+    assert batch.state == "succeeded"
+    assert all(one.told for one in bench.dispatcher.items(batch.id)), "that many may have as much"
+
+
+def test_a_result_of_the_programs_own_kind_may_be_large(make: Make) -> None:
+    bench, containers = make(retry={"infrastructure_attempts": 1})
+
+    def own(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        containers.write(request, task, b'{"version": "4.2", "rows": [' + b"7, " * 300_000 + b"7]}")
+        return Ending()
+
+    containers.work = own
+    batch = bench.finish(bench.enqueue(["a"]))
+    assert batch.state == "succeeded"
+
+
+def memory(kind: str) -> int:
+    """How many megabytes this process has now, or had at most."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    (line,) = [line for line in status.splitlines() if line.startswith(f"{kind}:")]
+    return int(line.split()[1]) // 1024
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [b"[" + b"[]," * 1000, b'{"version":1,"complete":true,"own":[' + b"[]," * 1000],
+    ids=["no JSON object", "a receipt with a large value"],
+)
+def test_many_large_receipts_that_are_none_take_little_memory_at_once(
+    make: Make, tmp_path: Path, nonsense: bytes
+) -> None:
+    tasks, items = 16, 330
+    bench, containers = make(
+        chunk={"size": items},
+        receipt="required",
+        retry={"infrastructure_attempts": 1},
+        options={"max_tasks": tasks, "parallelism": tasks},
+    )
+    data = nonsense + b"[]," * (5 << 20)
+    names: list[Path] = []
+
+    def large(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        if not names:
+            containers.write(request, task, data)
+        path = (
+            tmp_path / "store" / "results" / request.batch_id / request.key / f"{task.index}.json"
+        )
+        if names:
+            path.hardlink_to(names[0])
+        names.append(path)
+        return Ending()
+
+    containers.work = large
+    batch = bench.enqueue(range(tasks * items))
+    bench.turn()
+    assert len(names) == tasks
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is taken anew
+    before = memory("VmRSS")
+    bench.until(lambda: batch.refresh().finished, "it ended")
+    assert memory("VmHWM") - before < 200
+    told = {outcome for index in range(tasks) for outcome, _ in outcomes(bench, batch, index)}
+    assert told == {"suspect"}
+
+
+def test_large_receipts_are_settled_beside_small_ones(make: Make) -> None:
+    bench, containers = make(
+        chunk={"size": 100}, options={"max_tasks": 4, "parallelism": 4}, receipt="required"
+    )
+
+    def work(request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
+        entries = [
+            {"i": i, "ok": True, "output": "x" * (4000 if task.index % 2 else 1)}
+            for i in range(len(items))
+        ]
+        containers.write(request, task, receipt(request, task, [], items=entries))
+        return Ending()
+
+    containers.work = work
+    batch = bench.finish(bench.enqueue(range(400)))
+    assert batch.state == "succeeded"
+    sizes = [len(str(one.output)) for one in bench.dispatcher.items(batch.id)]
+    assert sizes == ([1] * 100 + [4000] * 100) * 2
 
 
 def test_an_output_may_hold_what_postgres_cannot(make: Make) -> None:
@@ -794,3 +900,89 @@ def test_progress_that_is_no_progress_changes_nothing(make: Make) -> None:
     assert bench.engine.follow_progress(HERE) == 0
     (chunk,) = bench.dispatcher.chunks(batch.id)
     assert chunk.attempts[-1].progress is None
+
+
+def test_progress_that_is_slow_to_read_holds_no_settle_up(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stuck(Storage):
+        reading = 0
+        go_on = threading.Event()
+
+        def read(self, path: str, most: int) -> bytes | None:
+            if path.endswith("/0.progress.json"):
+                Stuck.reading += 1
+                assert Stuck.go_on.wait(60)
+            return super().read(path, most)
+
+    monkeypatch.setattr(receipts_module, "PROGRESS_SECONDS", 0.1, raising=False)
+    bench, containers = make(storage=Stuck(f"file://{tmp_path}/stuck"), receipt="required")
+
+    def work(request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
+        if task.chunk_index == 0:
+            containers.all_good(request, task, items)
+            return Ending(seconds=10)
+        told = receipt(request, task, [(0, True)], complete=False)
+        containers.write(request, task, told, "0.progress.json")
+        return Ending(seconds=1000)
+
+    containers.work = work
+    batch = bench.enqueue(range(20))
+    bench.turn()
+    bench.turn(1)
+    follow = threading.Thread(target=bench.engine.follow_progress, args=(HERE,))
+    settle = threading.Thread(target=bench.turn, args=(12,))
+    try:
+        follow.start()
+        eventually(lambda: Stuck.reading >= 4, "progress is being read")
+        settle.start()
+        eventually(lambda: states(bench, batch)[0] == "succeeded", "what ended is settled")
+        eventually(lambda: not follow.is_alive(), "a turn of reading progress is over")
+    finally:
+        Stuck.go_on.set()
+        for thread in (follow, settle):
+            if thread.ident is not None:
+                thread.join()
+    monkeypatch.setattr(receipts_module, "PROGRESS_SECONDS", 60.0)
+    assert bench.engine.follow_progress(HERE) == 19
+    looked = bench.sql("SELECT progress_done FROM dispatcher.attempt WHERE chunk_index > 0")
+    assert looked == [1] * 19
+
+
+PROGRAM = """
+result="${DISPATCH_RESULT_URI#file://}"
+told='{"version": 1, "complete": false, "items": [{"i": 0, "ok": true}]}'
+echo "$told" > "${result%.json}.progress.json"
+until [ -e "$1" ]; do sleep 0.05; done
+kill -9 $$
+"""
+
+
+def test_without_a_storage_the_local_backends_tasks_tell_how_far_they_are(
+    make_bench: MakeBench, tmp_path: Path
+) -> None:
+    spool, go_on = tmp_path / "spool", tmp_path / "go-on"
+    bench = make_bench(
+        job(
+            command=["sh", "-c", PROGRAM, "task", str(go_on)],
+            chunk={"size": 3},
+            retry={"attempts": 1},
+        ),
+        wrap=lambda _inner: LocalBackend(HERE, LocalSettings(spool=spool)),
+    )
+    batch = bench.enqueue(["a", "b", "c"])
+    try:
+        bench.until(lambda: list(spool.glob("*/0/*.progress.json")) != [], "it tells", step=0.1)
+        bench.until(lambda: bench.engine.follow_progress(HERE) == 1, "that is seen", step=0.1)
+        (chunk,) = bench.dispatcher.chunks(batch.id)
+        assert chunk.attempts[-1].progress == (1, 3)
+    finally:
+        go_on.touch()
+    # It writes no receipt and is killed: what it told of before is kept.
+    bench.until(lambda: batch.refresh().finished, "it ended", step=0.1, turns=2000)
+    assert outcomes(bench, batch)[0][0] == "failed"
+    assert [one.state for one in bench.dispatcher.items(batch.id)] == [
+        "succeeded",
+        "failed",
+        "failed",
+    ]

@@ -6,17 +6,24 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from dispatcher import receipts as receipts_module
 from dispatcher.receipts import (
+    BASE_BYTES,
     MAX_OUTPUT_BYTES,
+    MAX_RECEIPT_BYTES,
     MAX_TEXT,
+    MAX_URI,
+    MAX_VALUE,
     Expected,
     InvalidReceipt,
     ItemResult,
     Receipt,
+    begins_a_receipt,
     halves,
+    most_bytes,
     open_positions,
     read_receipt,
     weigh,
@@ -151,6 +158,18 @@ class TestReading:
         errors = [item.error for item in read_receipt(data, EXPECTED).items]
         assert errors == [None, "no error told", '["x"]']
 
+    @pytest.mark.parametrize("number", ["1e-7", "1e15", "-1E5"])
+    def test_an_output_is_measured_as_it_was_written(self, number: str) -> None:
+        def told(count: int) -> str | None:
+            numbers = ",".join([number] * count)
+            return refusal(
+                written(entry(output="NUMBERS")).replace(b'"NUMBERS"', f"[{numbers}]".encode())
+            )
+
+        most = (MAX_OUTPUT_BYTES - 1) // (len(number) + 1)
+        assert told(most) is None
+        assert "larger than 4096 bytes" in str(told(most + 1))
+
     def test_progress_is_of_two_counts_or_none(self) -> None:
         def progress(done: Any, total: Any) -> tuple[int, int] | None:
             return read_receipt(written(progress={"done": done, "total": total}), EXPECTED).progress
@@ -158,6 +177,126 @@ class TestReading:
         assert progress(3, 10) == (3, 10)
         for wrong in ((-1, 10), (3, "10"), (True, 10), (3, 2**63), (3.0, 10)):
             assert progress(*wrong) is None
+
+
+class TestPieceByPiece:
+    @pytest.fixture(autouse=True)
+    def pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(receipts_module, "PIECE_BYTES", 1)
+
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        documents,
+        st.sampled_from([None, 1]),
+        st.booleans(),
+        st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-le"]),
+    )
+    def test_what_is_read_is_what_json_says(
+        self, told: Any, indent: int | None, ascii_only: bool, encoding: str
+    ) -> None:
+        text = json.dumps(told, indent=indent, ensure_ascii=ascii_only)
+        data = text.encode(encoding, "surrogatepass")
+        with pytest.MonkeyPatch.context() as whole:
+            whole.setattr(receipts_module, "PIECE_BYTES", len(data))
+            expected = refusal(data)
+        assert refusal(data) == expected
+        plain = json.loads(text)
+        if expected is None:
+            receipt = read_receipt(data, EXPECTED)
+            assert receipt.complete is plain["complete"]
+            assert [(one.position, one.ok) for one in receipt.items] == [
+                (one["i"], one["ok"]) for one in plain["items"]
+            ]
+        elif not {"version", "complete"} <= plain.keys():
+            assert "no JSON object with `version` and `complete`" in expected
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ('{"version": 1, "complete": true, "items": [] ]', "'}' is expected, and there is ']'"),
+            ('{"version": 1 "complete": true}', "'}' is expected, and there is '\"'"),
+            ('{"version": 1, "complete" true}', "':' is expected, and there is 't'"),
+            ('{"version": 1, "complete": true,}', "'\"' is expected, and there is '}'"),
+            ('{"version": 1, "complete": true, "items": [{},]}', "Expecting value"),
+            ('{"version": 1, "complete": true, "items": [{} {}]}', "']' is expected"),
+            ('{"version": 1.', "'}' is expected, and there is '.'"),
+            ('{"version": 1, "complete": true} {}', "its end is expected, and there is '{'"),
+            ('{"version": 1, "complete": true', "'}' is expected, and there is its end"),
+            ('{"version": 1, "complete": "\xff"}', "utf-8: invalid start byte"),
+        ],
+    )
+    def test_what_is_no_json_is_said(self, text: str, why: str) -> None:
+        assert str(refusal(text.encode("latin-1"))).startswith("it is no JSON: ")
+        assert why in str(refusal(text.encode("latin-1")))
+
+    def test_of_a_key_that_is_there_twice_the_last_counts(self) -> None:
+        data = (
+            b'{"version":2,"complete":0,"items":[{"i":9}],"items":[],"version":1,"complete":false}'
+        )
+        assert read_receipt(data, EXPECTED).items == ()
+
+
+class TestSizes:
+    @pytest.mark.parametrize("items", [1, 3, 200])
+    def test_the_largest_items_have_room_however_their_characters_are_spelt(
+        self, items: int
+    ) -> None:
+        letter, emoji = "\\u0041", "\\ud83d\\ude00"
+        output = letter * (MAX_OUTPUT_BYTES - 2)
+        fields = f'"output":"{output}","output_uri":"{"u" * MAX_URI}","error":"{emoji * MAX_TEXT}"'
+        entries = ", ".join(f'{{"i":{i},"ok":false,{fields}}}' for i in range(items))
+        data = f'{{"version":1,"key":"k","complete":true,"items":[{entries}]}}'.encode()
+        assert len(data) <= most_bytes(items)
+        read = read_receipt(data, Expected("k", 0, 1, items))
+        assert {(len(one.output or ""), len(one.error or "")) for one in read.items} == {
+            (MAX_OUTPUT_BYTES, MAX_TEXT)
+        }
+
+    def test_a_receipt_may_have_16_mib_and_no_more(self) -> None:
+        assert BASE_BYTES < most_bytes(1) < most_bytes(2) < MAX_RECEIPT_BYTES
+        assert most_bytes(10**7) == MAX_RECEIPT_BYTES == 16 << 20
+
+    @pytest.mark.parametrize(
+        "value", [b"[" + b"[]," * (MAX_VALUE // 2) + b"1]", b'"' + b"x" * 2**19]
+    )
+    @pytest.mark.parametrize("place", ["unknown", "progress", "items"])
+    def test_a_single_large_value_is_refused_before_it_is_parsed(
+        self, place: str, value: bytes
+    ) -> None:
+        value = b"[%s]" % value if place == "items" else value
+        claims = b'"version":1,"complete":true'
+        member = b'"%s":%s' % (place.encode(), value)
+        for data, foreign in (
+            (b"{%s,%s}" % (claims, member), False),
+            (b"{%s,%s}" % (member, claims), True),
+        ):
+            with pytest.raises(InvalidReceipt, match="a value of more than 262,144 char") as told:
+                read_receipt(data, EXPECTED)
+            assert told.value.foreign is foreign
+
+    @pytest.mark.parametrize(
+        ("beginning", "claims"),
+        [
+            (b'{"version": 1, "complete": true, "items": [{"i": 0, "error": "xxx', True),
+            (b'{"attempt": 1, "complete": false, "items": [{"i": 0', True),
+            (b'{"items": [{"i": 0}, {"i": 1}], "version": 1, "items": [', True),
+            (b'{"version": "4.2", "rows": [7, 7, 7', False),
+            (b'{"rows": [{"version": 1, "complete": true}, ', False),
+            (b'["version", 1, "complete", true', False),
+            (b"\x1f\x8b\x08\xff\xff", False),
+            (b"", False),
+        ],
+    )
+    def test_its_beginning_tells_a_receipt_from_another_file(
+        self, beginning: bytes, claims: bool
+    ) -> None:
+        assert begins_a_receipt(beginning) is claims
+
+    def test_surplus_items_are_counted_up_to_a_point(self) -> None:
+        told = written(*[{}] * 20, complete=True)
+        assert refusal(told) == "it tells of 20 items; 4 were given"
+        many = told.replace(b"{}, {}", b",".join([b"{}"] * 20_000))
+        assert refusal(many) == "it tells of more than 10004 items; 4 were given"
 
 
 receipts = st.none() | st.lists(st.booleans(), max_size=4).flatmap(

@@ -83,6 +83,11 @@ class TestEveryPlace:
             f"{place.uri('results/k1/0.json')} has 101 bytes, and may have 100; it was not read"
         )
 
+    def test_the_beginning_of_a_large_object_can_be_read(self, place: Storage) -> None:
+        place.create("results/b/k/0.json", b"0123456789" * 1000)
+        assert place.beginning("results/b/k/0.json", 12) == b"012345678901"
+        assert place.beginning("results/b/k/1.json", 12) is None
+
     def test_what_is_too_large_is_not_written(self, place: Storage) -> None:
         with pytest.raises(TooLarge, match=r"would have 67,108,865 bytes, and an object may have"):
             place.create("inputs/large", bytes(MAX_OBJECT_BYTES + 1))
