@@ -131,6 +131,7 @@ def test_a_job_needs_a_name_and_a_target_and_has_the_rest_by_default() -> None:
         "command": ["true"],
         "params": None,
         "args": [],
+        "clear_args": False,
         "env": {},
         "items": None,
         "chunk": {"size": 1, "count": None, "max_items": None, "balance_by": None},
