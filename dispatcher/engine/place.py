@@ -135,6 +135,9 @@ class Ending:
     )
     """What open attempts are closed with that no task report tells of."""
 
+    elsewhere: frozenset[int] = frozenset()
+    """Tasks that another piece of the same news tells of: how they ended is not `rest`."""
+
     reason: str | None = None
     call: int | None = None
     """The number of the launch call that it is about; None where it is about what runs."""

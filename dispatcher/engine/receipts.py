@@ -34,7 +34,7 @@ from dispatcher.storage import Storage, TooLarge, read_beginning, read_object
 from dispatcher.store import Store
 from dispatcher.store.rows import OpenTask
 
-__all__ = ["Found", "Listed", "Reading", "ReceiptReader", "TaskPlace", "Told"]
+__all__ = ["Found", "Listings", "Reading", "ReceiptReader", "TaskPlace", "Told"]
 
 log = structlog.get_logger(__name__)
 
@@ -71,8 +71,16 @@ PROGRESS_SECONDS: Final = 5.0
 TaskPlace: TypeAlias = tuple[int, int]
 """An execution's id and a task index."""
 
-Listed: TypeAlias = dict[str, Collection[str]]
-"""What tasks of an execution have written, by its key: listed once for all parts of a settle."""
+
+@dataclass(slots=True)
+class Listings:
+    """What the storage has said so far, for all parts of one settle."""
+
+    written: dict[str, Collection[str]] = field(default_factory=dict)
+    """What tasks of an execution have written, by its key."""
+
+    away: bool = False
+    """It did not answer, and is asked no more: each of the others would wait as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +148,8 @@ class ReceiptReader:
         self._readers.shutdown(wait=False, cancel_futures=True)
         self._progress_readers.shutdown(wait=False, cancel_futures=True)
 
-    def read(self, place: Place, endings: Sequence[Ending], listed: Listed) -> Reading:
-        """Read what the tasks of some endings wrote; `listed` keeps listings between calls."""
+    def read(self, place: Place, endings: Sequence[Ending], listings: Listings) -> Reading:
+        """Read what the tasks of some endings wrote; `listings` is kept between calls."""
         ran = [one for one in endings if _may_have_written(one)]
         reported = {
             (one.execution_id, task.index): task.result_uri
@@ -154,18 +162,26 @@ class ReceiptReader:
             return Reading()
         final = {one.execution_id for one in ran if one.final}
         ended = {(one.execution_id, task.index) for one in ran for task in one.tasks}
+        elsewhere = {(one.execution_id, index) for one in ran for index in one.elsewhere}
         with self._store.transaction() as tx:
             tasks = self._store.open_tasks(tx, [one.execution_id for one in ran])
             plans = self._plans.of(tx, {task.batch_id for task in tasks}, place)
         wanted = [
             Wanted(task, _own_result(place, task, reported), place.storage)
             for task in tasks
-            if (task.execution_id in final or (task.execution_id, task.task_index) in ended)
+            if (
+                (task.execution_id, task.task_index) in ended
+                or (
+                    task.execution_id in final
+                    and (task.execution_id, task.task_index) not in elsewhere
+                )
+            )
             and task.batch_id in plans
             and plans[task.batch_id].job.receipt != "ignored"
         ]
         reading = Reading()
-        self._read_all(_listed(wanted, listed, reading), reading)
+        self._read_all(_listed(wanted, listings, reading), reading)
+        listings.away = listings.away or bool(reading.unread)
         return reading
 
     def follow_progress(self, place: Place) -> int:
@@ -286,16 +302,20 @@ def _may_have_written(ending: Ending) -> bool:
     return ending.final and ending.rest[0] not in NEVER_RAN
 
 
-def _listed(wanted: Sequence[Wanted], listed: Listed, reading: Reading) -> list[Wanted]:
+def _listed(wanted: Sequence[Wanted], listings: Listings, reading: Reading) -> list[Wanted]:
     """List what executions wrote to the storage, and leave out those of which nothing is known."""
     found = []
     for group in _by_execution(wanted):
         key, places = group[0].task.key, [one.place for one in group]
+        if listings.away and group[0].storage is not None:
+            reading.unread.update(places)
+            continue
         try:
-            written = _written(group, listed)
+            written = _written(group, listings.written)
         except Unreachable as error:
             log.warning("receipts cannot be listed now", key=key, why=str(error))
             reading.unread.update(places)
+            listings.away = True
         except DispatcherError as error:
             log.warning("receipts cannot be listed", key=key, why=str(error))
             problem = Told(None, f"it cannot be looked for: {error}", foreign=True)
@@ -313,7 +333,7 @@ def _by_execution(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
     yield from groups.values()
 
 
-def _written(group: Sequence[Wanted], listed: Listed) -> Collection[str] | None:
+def _written(group: Sequence[Wanted], listed: dict[str, Collection[str]]) -> Collection[str] | None:
     """List what several tasks of an execution wrote: one call for a thousand names.
 
     None where a listing would cost more than reading, and where there is nothing to list.

@@ -20,7 +20,7 @@ from dispatcher.backends.base import (
 from dispatcher.engine.moving import Splits, move
 from dispatcher.engine.place import Ending, Place, plain
 from dispatcher.engine.plans import PlanCache
-from dispatcher.engine.receipts import Found, Listed, ReceiptReader, TaskPlace
+from dispatcher.engine.receipts import Found, Listings, ReceiptReader, TaskPlace
 from dispatcher.errors import DispatcherError
 from dispatcher.items import join_items, split_items
 from dispatcher.judging import beyond, judge, verdict
@@ -88,9 +88,11 @@ class Settler:
         """
         left: set[int] = set()
         most = SETTLE_TASKS if place.storage is None else SETTLE_RECEIPTS
-        listed: Listed = {}
-        for part in _parts(endings, most):
-            reading = self._receipts.read(place, part, listed)
+        listings, logs = Listings(), LOGGED_FAILURES
+        for pieces in _parts(endings, most):
+            # Of what something was left nothing ends here: it would be taken for lost.
+            part = [replace(p, final=False) if p.execution_id in left else p for p in pieces]
+            reading = self._receipts.read(place, part, listings)
             waited_for = self._still_waited_for(reading.unread)
             unread = waited_for | reading.later
             left |= {execution_id for execution_id, _ in unread}
@@ -99,8 +101,9 @@ class Settler:
             if ready:
                 failed, unsettled = self._settle_part(place, ready, reading.found, waiting)
                 left |= unsettled
-                for one in failed[:LOGGED_FAILURES]:
-                    self._keep_log(place, one)
+                for one in failed[:logs]:
+                    # Who gives no log now would keep what waits to be settled waiting.
+                    logs = logs - 1 if self._keep_log(place, one) else 0
             if waiting:
                 again(partial(self._store.mark_unread, sorted(waiting)))
         return left
@@ -288,16 +291,20 @@ class Settler:
         for name in sorted({m.closing.attempt.batch_id for m in moved if m.hold is not None}):
             self._store.release_full_pack(tx, name, packed[name].max_tasks)
 
-    def _keep_log(self, place: Place, failed: tuple[str, OpenAttempt]) -> None:
-        """Keep the last lines of a failed task; without them the outcome stands all the same."""
+    def _keep_log(self, place: Place, failed: tuple[str, OpenAttempt]) -> bool:
+        """Keep the last lines of a failed task; without them the outcome stands all the same.
+
+        Returns whether they could be asked for.
+        """
         handle, attempt = failed
         try:
             lines = list(place.backend.logs(handle, attempt.task_index, LOG_LINES))
         except (Unavailable, Rejected) as error:
             log.info("no log tail", handle=handle, why=str(error))
-            return
+            return isinstance(error, Rejected)
         if lines:
             self._store.attach_log(attempt, plain("\n".join(lines)))
+        return True
 
 
 def end_finished_batches(store: Store, tx: sa.Connection, batch_ids: Iterable[str]) -> None:
@@ -330,8 +337,8 @@ def _closings(
             )
     if ending.final:
         outcome, reason = ending.rest
-        left = [attempts.pop(place) for place in sorted(attempts) if place[0] == row.id]
-        for attempt in left:
+        left = [place for place in sorted(attempts) if place[0] == row.id]
+        for attempt in [attempts.pop(p) for p in left if p[1] not in ending.elsewhere]:
             task = TaskReport(attempt.task_index, outcome, reason=reason)
             judged, why = judge(task, row.cancel_kind, row.cancel_sent_at)
             closings.append(Closing(attempt, judged, None, why, None, None))
@@ -412,7 +419,7 @@ def _without(
             continue
         tasks = [task for task in one.tasks if (one.execution_id, task.index) not in unread]
         if one.final:
-            told = {task.index for task in one.tasks}
+            told = one.elsewhere.union(task.index for task in one.tasks)
             outcome, reason = one.rest
             tasks += [
                 TaskReport(index, outcome, reason=reason)
@@ -425,7 +432,10 @@ def _without(
 
 def _pieces(ending: Ending, most: int) -> Iterator[Ending]:
     """Cut an ending of many tasks; only with the last piece does the execution end."""
+    elsewhere = ending.elsewhere
     while len(ending.tasks) > most:
-        yield replace(ending, tasks=ending.tasks[:most], final=False)
-        ending = replace(ending, tasks=ending.tasks[most:])
+        piece, rest = ending.tasks[:most], ending.tasks[most:]
+        yield replace(ending, tasks=piece, final=False)
+        elsewhere = elsewhere.union(task.index for task in piece)
+        ending = replace(ending, tasks=rest, elsewhere=elsewhere)
     yield ending

@@ -506,16 +506,24 @@ class Flaky(Storage):
     """A storage that does not answer for a while."""
 
     down = False
+    failures = 0
+    """Calls that fail before it answers again."""
+
+    asked = 0
 
     def list(self, prefix: str) -> Any:
-        if self.down:
-            raise Unreachable("timed out")
+        self._answer()
         return super().list(prefix)
 
     def read(self, path: str, most: int) -> bytes | None:
-        if self.down:
-            raise Unreachable("timed out")
+        self._answer()
         return super().read(path, most)
+
+    def _answer(self) -> None:
+        self.asked += 1
+        if self.down or self.failures:
+            self.failures = max(0, self.failures - 1)
+            raise Unreachable("timed out")
 
 
 def test_while_the_storage_does_not_answer_nothing_is_decided(make: Make, tmp_path: Path) -> None:
@@ -552,6 +560,54 @@ def test_a_storage_that_stays_away_holds_no_end_up_for_ever(make: Make, tmp_path
     assert states(bench, batch) == {0: "running", 1: "running"}
     batch = bench.finish(batch, step=60)
     assert batch.state == "succeeded", "the provider's word"
+
+
+def test_of_a_large_pack_that_is_settled_in_pieces_none_is_lost_for_a_blip_of_the_storage(
+    make: Make, tmp_path: Path
+) -> None:
+    """Of 600 tasks that succeed at once, the first 500 are looked at together."""
+    storage = Flaky(f"file://{tmp_path}/flaky")
+    bench, _ = make(storage=storage, options={"max_tasks": 1_000, "parallelism": 1_000})
+    batch = bench.enqueue(range(600))
+    bench.turn()
+    storage.failures = 1
+    bench.turn(6)
+    assert set(states(bench, batch).values()) == {"running"}, "the storage was asked once"
+    assert bench.finish(batch).state == "succeeded"
+    assert bench.sql("SELECT DISTINCT outcome FROM dispatcher.attempt") == ["succeeded"]
+    assert bench.sql("SELECT count(*) FROM dispatcher.attempt") == [600]
+
+
+def test_of_a_large_pack_none_is_lost_for_receipts_that_are_left_for_later(make: Make) -> None:
+    """The first 500 receipts are more than one round reads."""
+    bench, containers = make(
+        options={"max_tasks": 1_000, "parallelism": 1_000}, retry={"exit_codes": {3: "fail"}}
+    )
+
+    def work(request: LaunchRequest, task: TaskInput, _items: list[Any]) -> Ending:
+        told = receipt(request, task, [(0, False)], pad="x" * 100_000)
+        containers.write(request, task, told)
+        return Ending(Outcome.FAILED, exit_code=3)
+
+    containers.work = work
+    batch = bench.finish(bench.enqueue(range(600)))
+    assert batch.state == "failed"
+    assert bench.sql("SELECT DISTINCT outcome, exit_code FROM dispatcher.attempt") == [
+        ("failed", 3)
+    ]
+    assert len(containers.given) == 600
+
+
+def test_a_storage_that_is_away_is_asked_once_in_a_settle(make: Make, tmp_path: Path) -> None:
+    storage = Flaky(f"file://{tmp_path}/flaky")
+    bench, _ = make(storage=storage, options={"max_tasks": 2, "parallelism": 2})
+    batch = bench.enqueue(range(40))
+    bench.turn()
+    storage.down, storage.asked = True, 0
+    bench.turn(6)
+    assert storage.asked == 1, "twenty packs would wait as long each"
+    storage.down = False
+    assert bench.finish(batch).state == "succeeded"
 
 
 def test_an_outage_of_the_storage_is_told_from_its_beginning(make: Make, tmp_path: Path) -> None:

@@ -410,9 +410,10 @@ def test_everything_wrong_in_a_file_is_told_at_once_with_its_path() -> None:
             '(did you mean "attempts"?)'
         ),
         (
-            "jobs.yaml: jobs.nightly-export.colour is not a known key; allowed: args, chunk, clear_args, "
-            "command, deadline, description, env, items, labels, limits, name, options, overrides, "
-            "params, priority, receipt, retry, start_timeout, success, target, timeout"
+            "jobs.yaml: jobs.nightly-export.colour is not a known key; allowed: args, chunk, "
+            "clear_args, command, deadline, description, env, items, labels, limits, name, "
+            "options, overrides, params, priority, receipt, retry, start_timeout, success, target, "
+            "timeout"
         ),
         (
             'jobs.yaml: jobs.nightly-export.target is "hre"; it must be a configured target: '
