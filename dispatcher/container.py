@@ -1377,6 +1377,10 @@ def _texts(values: Any, name: str) -> list[str]:
 def _become(command: list[str], environ: Mapping[str, str]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
+    # Python ignores these; what is ignored stays so, and `yes | head` would never end.
+    for name in ("SIGPIPE", "SIGXFSZ"):
+        if hasattr(signal, name):  # not on Windows
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
     try:
         os.execvpe(command[0], command, environ)  # noqa: S606 -- becoming it is the purpose
     except OSError as error:

@@ -335,6 +335,9 @@ class TestTheWrapper:
         assert out == f'{process.pid} own --all c,d d,e ["c","d d","e"] 3 40\n'
         assert box.files() == []
 
+    def test_leaves_the_command_the_signals_that_python_ignores(self, box: Container) -> None:
+        assert ended(box.wrapper("--", "sh", "-c", "yes | head -n 1")) == (0, "y\n", "")
+
     def test_hands_items_on_in_a_file_where_a_variable_cannot_hold_them(
         self, box: Container
     ) -> None:
