@@ -406,6 +406,14 @@ def test_the_words_of_a_task_are_its_outcome(
     assert (report.reason is None) == (wanted is Outcome.SUCCEEDED)
 
 
+def test_a_reason_that_only_a_newer_api_knows_is_told_by_its_number() -> None:
+    told = ended()
+    told.conditions[0].reason = 99
+    report = outcomes.task_report(told, cancelled=False)
+    assert report is not None
+    assert report.reason == "reason 99"
+
+
 def test_a_task_that_cloud_run_tries_again_has_not_ended() -> None:
     again = run_v2.Task.pb(
         run_v2.Task(

@@ -261,7 +261,8 @@ def _reason(task: Any, condition: Any, outcome: Outcome) -> str:
         "" if condition is None else condition.message
     )
     if not words and condition is not None and condition.reason:
-        words = _Condition.CommonReason(condition.reason).name
+        known = {reason.value: reason.name for reason in _Condition.CommonReason}
+        words = known.get(condition.reason, f"reason {condition.reason}")  # of a newer API
     if not words:
         result = task.last_attempt_result
         if result.term_signal:
