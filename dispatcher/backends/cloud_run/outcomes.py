@@ -261,8 +261,10 @@ def _reason(task: Any, condition: Any, outcome: Outcome) -> str:
         "" if condition is None else condition.message
     )
     if not words and condition is not None and condition.reason:
-        known = {reason.value: reason.name for reason in _Condition.CommonReason}
-        words = known.get(condition.reason, f"reason {condition.reason}")  # of a newer API
+        try:
+            words = _Condition.CommonReason(condition.reason).name
+        except ValueError:  # of a newer API
+            words = f"reason {condition.reason}"
     if not words:
         result = task.last_attempt_result
         if result.term_signal:
