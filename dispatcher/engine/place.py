@@ -22,6 +22,7 @@ from dispatcher.requests import Plan
 from dispatcher.states import Outcome
 from dispatcher.storage import Storage
 from dispatcher.store import Store
+from dispatcher.store.plain import plain
 from dispatcher.store.rows import ExecutionRow
 from dispatcher.watching import Watch
 
@@ -155,12 +156,6 @@ class Ending:
         if self.call is not None:
             return self.call == row.calls and row.handle is None
         return self.handle is None or self.handle == row.handle
-
-
-def plain(words: str) -> str:
-    """Write what a provider says in characters that Postgres can keep."""
-    words = words.replace("\0", "\N{REPLACEMENT CHARACTER}")
-    return words.encode(errors="replace").decode()
 
 
 def is_throttled(error: BaseException | None) -> bool:

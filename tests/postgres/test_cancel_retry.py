@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -327,6 +328,29 @@ def test_a_template_that_an_item_does_not_fit_fails_the_plan(make_bench: MakeBen
     assert batch.refresh().state == "failed"
     assert "{items:csv} takes text, numbers, true and false" in (batch.refresh().reason or "")
     assert bench.states(batch) == []
+
+
+def test_a_batch_whose_source_fails_in_words_that_no_column_holds_says_why(
+    make_bench: MakeBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shop_rows.py").write_text(
+        "def rows():\n    raise ValueError('row 7: \\0 \\ud800 in a name')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    bench = make_bench(job(items={"source": "shop_rows:rows"}))
+    batch = bench.enqueue(None)
+    bench.turn()
+    batch = batch.refresh()
+    assert batch.state == "failed"
+    assert "row 7: \N{REPLACEMENT CHARACTER}" in (batch.reason or "")
+
+
+def test_a_plan_that_is_put_off_in_words_that_no_column_holds_says_why(bench: Bench) -> None:
+    batch = bench.enqueue([1])
+    bench.store.postpone_plan(batch.id, timedelta(minutes=3), "no \0 answer")
+    assert batch.refresh().reason == "no \N{REPLACEMENT CHARACTER} answer"
+    bench.advance(180)
+    assert bench.finish(batch).state == "succeeded"
 
 
 def test_a_plan_whose_source_does_not_answer_is_tried_again_later(
