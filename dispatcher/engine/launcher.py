@@ -77,6 +77,9 @@ UNLIMITED: Final = 1_000_000
 MOST_CALLS: Final = 5
 """Launch calls without a clear answer, each looked up in vain, after which an attempt is over."""
 
+LONGEST_LOOK: Final = 60.0
+"""Seconds between two looks for one execution that cannot be looked up, at most."""
+
 LONGEST_HOLD: Final = 60.0
 """Seconds for which a target is not launched on after it has refused a call for now, at most;
 longer only if it says so itself."""
@@ -420,7 +423,9 @@ class Launcher:
             found = place.backend.find(call.request)
         except Exception as error:  # noqa: BLE001 - whatever it is, it tells nothing
             report_breach(error, BackendError)
-            self._store.postpone_look(row.id, min(30.0, 2.0 * 2 ** min(row.looks, 4)))
+            # The longer it could not be looked up the later again, so that others get their turn.
+            age = row.past_call_by or 0.0
+            self._store.postpone_look(row.id, min(LONGEST_LOOK, max(2.0, age / 4)))
             if not is_throttled(error):
                 place.looks.failed(self._monotonic())
                 place.went_down(f"{type(error).__name__}: {error}")

@@ -586,6 +586,20 @@ class LaunchStore(BaseStore):
                 delay=delay,
             )
 
+    def postpone_call(self, execution_id: int, delay: float) -> None:
+        """Call again later: nothing was called."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.execution
+                SET next_call_at = now() + :delay * interval '1 second'
+                WHERE id = :id AND state = 'intended' AND call_by IS NULL
+                """,
+                id=execution_id,
+                delay=delay,
+            )
+
     def chunks_of(self, tx: sa.Connection, execution_id: int) -> list[Claimed]:
         """Read the chunks of an execution by task index, to write its request again."""
         rows = self.run(

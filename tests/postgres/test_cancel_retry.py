@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -13,7 +13,7 @@ from workbench import HERE, Bench, job
 
 from dispatcher.engine import planner
 from dispatcher.errors import NotAllowed, UnknownBatch
-from dispatcher.states import Outcome
+from dispatcher.states import CancelKind, Outcome
 from dispatcher.testing import Ending, Fault
 
 MakeBench = Callable[..., Bench]
@@ -86,6 +86,44 @@ def test_a_success_that_came_before_the_cancel_stays_one(bench: Bench) -> None:
     batch.cancel()
     batch = bench.finish(batch)
     assert (batch.state, bench.outcomes(batch)) == ("succeeded", ["succeeded"])
+
+
+def test_a_cancel_is_sent_to_each_before_it_is_repeated_to_any(bench: Bench) -> None:
+    bench.script(LONG)
+    batch = bench.enqueue(range(4))
+    bench.turn()
+    ids = bench.sql("SELECT id FROM dispatcher.execution ORDER BY id")
+    batch.cancel()
+    bench.store.cancel_sent({ids[0]: 0.0, ids[1]: 0.0})
+    bench.store.cancel_sent({ids[0]: 0.0})
+    due = [row.id for row in bench.store.due(HERE)["cancel"]]
+    assert due == [ids[2], ids[3], ids[1], ids[0]]
+    assert bench.finish(batch).state == "cancelled"
+
+
+def test_what_another_worker_has_seen_start_is_not_ended_for_its_start(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker finds it late, stops for ten minutes, and goes on where it was."""
+    bench = make_bench(job(start_timeout="60s", timeout="2h"))
+    bench.script(Ending(seconds=3600, start_seconds=65))
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.advance(61)
+    other = bench.worker("worker-2")
+    ask = bench.store.cancel_executions
+
+    def sleep(ids: Sequence[int], kind: CancelKind, reason: str) -> None:
+        monkeypatch.undo()
+        bench.advance(600)
+        other.follow(HERE)
+        ask(ids, kind, reason)
+
+    monkeypatch.setattr(bench.store, "cancel_executions", sleep)
+    bench.follow()
+    assert bench.store.cancel_executions == ask, "it was asked"
+    assert bench.finish(batch, step=300).state == "succeeded"
+    assert bench.outcomes(batch) == ["succeeded"]
 
 
 def test_what_was_never_enqueued_cannot_be_cancelled(bench: Bench) -> None:

@@ -19,6 +19,7 @@ from dispatcher.backends.base import (
     Phase,
     Report,
     TaskReport,
+    Unavailable,
 )
 from dispatcher.errors import Unreachable
 from dispatcher.states import Outcome
@@ -33,6 +34,10 @@ class Spoiled:
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
         self.find_fails = False
+        self.not_found_out: str | None = None
+        """The job of which nothing can be looked up."""
+
+        self.cancel: Callable[[Handle], None] = inner.cancel
         self.report: Callable[[Report], Report] = lambda report: report
 
     def __getattr__(self, name: str) -> Any:
@@ -41,6 +46,8 @@ class Spoiled:
     def find(self, request: LaunchRequest) -> Launched | None:
         if self.find_fails:
             raise ValueError("a bug in the backend")
+        if request.job == self.not_found_out:
+            raise Unavailable("403: this worker may not list executions of the job")
         return self._inner.find(request)
 
     def poll(self, handles: Sequence[Handle]) -> Mapping[Handle, Report]:
@@ -143,6 +150,52 @@ def test_an_execution_that_cannot_be_looked_up_holds_up_no_cancel(make_bench: Ma
     bench.advance(60)
     bench.turn(3)
     assert lost.refresh().counts == {"running": 1}
+
+
+def test_an_execution_that_can_never_be_looked_up_holds_up_no_other_look(
+    make_bench: MakeBench,
+) -> None:
+    bench, backend = spoiled(make_bench, job("bad"), job("good"))
+    backend.not_found_out = "bad"
+    bench.world.fail_next("launch", Fault.REPLY_LOST, times=3)
+    bad = bench.enqueue(range(3), "bad")
+    bench.turn()
+    for _ in range(40):
+        bench.turn(2)
+    bench.world.fail_next("launch", Fault.REPLY_LOST, times=2)
+    good = bench.enqueue(range(2), "good")
+    bench.until(lambda: bench.world.calls["launch"] == 5, "the good one was called", turns=40)
+    bench.until(lambda: bool(good.refresh().finished), "the good one ended", turns=20)
+    assert good.refresh().state == "succeeded"
+    assert bad.refresh().state == "running"
+    backend.not_found_out = None
+    bench.advance(60)
+    assert bench.finish(bad).state == "succeeded"
+
+
+def test_what_cannot_be_cancelled_now_hides_nothing_that_must_be_looked_up(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dispatcher.store.following.MOST_DUE", 3)
+    bench, backend = spoiled(make_bench, job("many"), job("good"))
+    bench.script(seconds=10_000)
+    many = bench.enqueue(range(5), "many")
+    bench.turn()
+    bench.world.fail_next("launch", Fault.REPLY_LOST)
+    bench.enqueue([1], "good")
+    bench.plan()
+    bench.launch()
+    assert bench.executions() == [*["launched"] * 5, "unknown"]
+
+    def refuse(_handle: Handle) -> None:
+        raise Unavailable("the budget of cancels is used up", not_started=True)
+
+    with monkeypatch.context() as full:
+        full.setattr(backend, "cancel", refuse)
+        bench.dispatcher.cancel(many.id)
+        bench.follow()
+    assert bench.executions() == ["launched"] * 6
+    bench.finish(many)
 
 
 def test_a_launch_that_never_gets_a_clear_answer_is_given_up(make_bench: MakeBench) -> None:
