@@ -146,7 +146,8 @@ class Launcher:
             return place.definitions.read()
         except Unavailable as error:
             if not error.not_started:
-                place.went_down(str(error), resume_in=1.0 + self._roll())
+                # Launches are not held: those whose definitions are known may well be possible.
+                place.went_down(str(error))
             return False
 
     def _intend(self, place: Place) -> list[Call]:
