@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from workbench import HERE, Bench, job
 
+from dispatcher.backends.base import Handle, Phase, Report
 from dispatcher.engine import planner
 from dispatcher.errors import NotAllowed, UnknownBatch
 from dispatcher.states import CancelKind, Outcome
@@ -122,6 +123,42 @@ def test_what_another_worker_has_seen_start_is_not_ended_for_its_start(
     monkeypatch.setattr(bench.store, "cancel_executions", sleep)
     bench.follow()
     assert bench.store.cancel_executions == ask, "it was asked"
+    assert bench.finish(batch, step=300).state == "succeeded"
+    assert bench.outcomes(batch) == ["succeeded"]
+
+
+@pytest.mark.parametrize("asked_at", [20, 61])
+def test_what_another_worker_has_seen_again_is_neither_stopped_nor_lost(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, asked_at: int
+) -> None:
+    """A worker stops for ten minutes with an answer in hand, as the grace is half or all over."""
+    bench = make_bench(job(timeout="2h"), settings={"absent_grace": "60s"})
+    bench.script(seconds=3600)
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.turn(60)
+    other = bench.worker("worker-2")
+    backend = bench.engine.places[HERE].backend
+
+    def missing(handles: Sequence[Handle]) -> dict[Handle, Report]:
+        return {handle: Report(Phase.ABSENT) for handle in handles}
+
+    def sleep(handles: Sequence[Handle]) -> dict[Handle, Report]:
+        answer = missing(handles)
+        monkeypatch.undo()
+        bench.advance(600)
+        other.follow(HERE)
+        return answer
+
+    monkeypatch.setattr(backend, "poll", missing)
+    bench.advance(30)
+    bench.follow()
+    assert bench.sql("SELECT absent_since IS NOT NULL FROM dispatcher.execution") == [True]
+    bench.advance(asked_at)
+    monkeypatch.setattr(backend, "poll", sleep)
+    bench.follow()
+    assert bench.sql("SELECT absent_since FROM dispatcher.execution") == [None]
+    assert bench.world.calls["cancel"] == 0
     assert bench.finish(batch, step=300).state == "succeeded"
     assert bench.outcomes(batch) == ["succeeded"]
 
