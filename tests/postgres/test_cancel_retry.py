@@ -83,10 +83,30 @@ def test_a_success_that_came_before_the_cancel_stays_one(bench: Bench) -> None:
     bench.script(seconds=5)
     batch = bench.enqueue([1])
     bench.turn()
-    bench.advance(6)  # it has ended, and nobody has looked yet
+    bench.advance(60)  # it has ended, and nobody has looked yet
     batch.cancel()
     batch = bench.finish(batch)
     assert (batch.state, bench.outcomes(batch)) == ("succeeded", ["succeeded"])
+
+
+def test_what_a_cancel_stops_is_no_success_where_the_providers_clock_is_behind(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server does that exits with 0 when it is asked to end."""
+    bench.world.clock = lambda: bench.at - timedelta(seconds=1)
+    bench.script(LONG)
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.turn(60)
+    (handle,) = bench.world.handles()
+
+    def stop(_handle: Handle) -> None:
+        bench.world.kill(handle, 0, Outcome.SUCCEEDED)
+
+    monkeypatch.setattr(bench.engine.places[HERE].backend, "cancel", stop)
+    batch.cancel()
+    batch = bench.finish(batch)
+    assert (batch.state, bench.outcomes(batch)) == ("cancelled", ["cancelled"])
 
 
 def test_a_cancel_is_sent_to_each_before_it_is_repeated_to_any(bench: Bench) -> None:
