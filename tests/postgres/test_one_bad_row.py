@@ -37,6 +37,9 @@ class Spoiled:
         self.not_found_out: str | None = None
         """The job of which nothing can be looked up."""
 
+        self.throttled: str | None = None
+        """The job of which each launch is refused for now."""
+
         self.cancel: Callable[[Handle], None] = inner.cancel
         self.report: Callable[[Report], Report] = lambda report: report
 
@@ -49,6 +52,11 @@ class Spoiled:
         if request.job == self.not_found_out:
             raise Unavailable("403: this worker may not list executions of the job")
         return self._inner.find(request)
+
+    def launch(self, request: LaunchRequest) -> Launched:
+        if request.job == self.throttled:
+            raise Unavailable("429: too many executions of this job", not_started=True)
+        return self._inner.launch(request)
 
     def poll(self, handles: Sequence[Handle]) -> Mapping[Handle, Report]:
         return {handle: self.report(r) for handle, r in self._inner.poll(handles).items()}
@@ -171,6 +179,23 @@ def test_an_execution_that_can_never_be_looked_up_holds_up_no_other_look(
     backend.not_found_out = None
     bench.advance(60)
     assert bench.finish(bad).state == "succeeded"
+
+
+def test_a_job_whose_launches_are_always_refused_for_now_holds_up_no_other_for_long(
+    make_bench: MakeBench,
+) -> None:
+    bench, backend = spoiled(make_bench, job("bad"), job("good"), concurrency=2)
+    backend.throttled = "bad"
+    bad = bench.enqueue(range(9), "bad", priority=10)
+    bench.turn()
+    good = bench.enqueue(range(9), "good")
+    bench.until(lambda: bool(good.refresh().finished), "the good one ended", step=5, turns=30)
+    assert good.refresh().state == "succeeded"
+    waits = bench.sql("SELECT count(*) FROM dispatcher.execution WHERE job_name = 'bad'")
+    assert waits == [2], "what was asked for before comes first, within the job"
+    backend.throttled = None
+    assert bench.finish(bad, step=10).state == "succeeded"
+    assert bench.outcomes(bad) == ["succeeded"]
 
 
 def test_what_cannot_be_cancelled_now_hides_nothing_that_must_be_looked_up(
