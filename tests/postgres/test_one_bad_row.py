@@ -198,6 +198,29 @@ def test_a_job_whose_launches_are_always_refused_for_now_holds_up_no_other_for_l
     assert bench.outcomes(bad) == ["succeeded"]
 
 
+def test_a_call_that_meets_a_fault_of_ours_is_put_off_and_takes_no_token_at_each_turn(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench(limits={"launches_per_minute": 60.0})
+    bench.world.fail_next("launch", Fault.THROTTLED)
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.advance(10)
+    tries: list[int] = []
+
+    def fail(_place: Any, row: Any) -> None:
+        tries.append(row.id)
+        raise ValueError("a bug in the templates")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.engine._launcher, "_call_of", fail)
+        for _ in range(10):
+            bench.turn(1)
+    assert len(tries) == 1
+    bench.advance(30)
+    assert bench.finish(batch).state == "succeeded"
+
+
 def test_what_cannot_be_cancelled_now_hides_nothing_that_must_be_looked_up(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
