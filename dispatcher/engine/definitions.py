@@ -45,6 +45,11 @@ class Definitions:
 
         self._lock = Lock()
 
+    @property
+    def answered(self) -> bool:
+        """Whether any was ever read: then the provider answers for some at least."""
+        return bool(self._known)
+
     def under(self, plan: Plan) -> Plan | None:
         """Read a plan under its definition; None if that must be read first.
 

@@ -154,8 +154,9 @@ class Launcher:
             return place.definitions.read()
         except Unavailable as error:
             if not error.not_started:
-                # Launches are not held: those whose definitions are known may well be possible.
-                place.went_down(str(error))
+                # Those whose definitions are known may well be possible, and are not held.
+                hold = None if place.definitions.answered else 1.0 + self._roll()
+                place.went_down(str(error), resume_in=hold)
             return False
 
     def _intend(self, place: Place) -> list[Call]:
