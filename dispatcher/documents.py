@@ -21,10 +21,10 @@ __all__ = [
     "STORED",
     "claim_path",
     "document",
-    "document_bytes",
     "input_path",
     "needs_document",
     "result_prefix",
+    "tasks_that_fit",
 ]
 
 DOCUMENT_BYTES: Final = 32 << 20
@@ -55,12 +55,17 @@ def document(request: LaunchRequest) -> str:
     return "".join(_line(task, wrapped=request.wrapped) for task in request.tasks)
 
 
-def document_bytes(request: LaunchRequest) -> int:
-    """Say how large the document of an execution is."""
-    return sum(
-        len(_line(task, wrapped=request.wrapped).encode(errors="surrogatepass"))
-        for task in request.tasks
-    )
+def tasks_that_fit(request: LaunchRequest, room: int) -> int:
+    """Say how many tasks of an execution, the first ones, have a document of so many bytes.
+
+    One at least, whatever its size.
+    """
+    size = 0
+    for place, task in enumerate(request.tasks):
+        size += len(_line(task, wrapped=request.wrapped).encode(errors="surrogatepass"))
+        if size > room:
+            return max(1, place)
+    return len(request.tasks)
 
 
 def input_path(request: LaunchRequest, call: int = 1) -> str:

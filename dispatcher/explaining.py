@@ -629,22 +629,10 @@ def _waiting(case: _Case, who: str, *, served: bool) -> Iterator[Point]:
 
 def _blockers(case: _Case) -> Iterator[Point]:
     """Check each thing that launch checks, in its order."""
-    target, now = case.target, case.now
+    target = case.target
     if target is None:
         return
-    if _is_held_back(case) and target.resume_at is not None:
-        down = target.down_since or now
-        yield Point(
-            "target_down",
-            f"target {target.name} does not answer since {ago(down, now)} "
-            f"({target.down_reason}); launches resume {ahead(target.resume_at, now)}",
-            {
-                "target": target.name,
-                "since": target.down_since,
-                "reason": target.down_reason,
-                "resume_at": target.resume_at,
-            },
-        )
+    yield from _hold(case, target)
     trouble = _trouble(case)
     if trouble is not None:
         yield Point(
@@ -653,6 +641,7 @@ def _blockers(case: _Case) -> Iterator[Point]:
             f"{trouble.problem}. A worker looks every half minute, and launches when it is mended",
             {"target": target.name, "problem": trouble.problem},
         )
+    yield from _refused_for_now(case, target)
     yield from _empty_bucket(case, target)
     on_target = queries.holders(case.store, target=target.name)
     slots = sum(holder.slots for holder in on_target)
@@ -679,6 +668,31 @@ def _blockers(case: _Case) -> Iterator[Point]:
             yield _full("batch_slots", what, own)
 
 
+def _hold(case: _Case, target: TargetView) -> Iterator[Point]:
+    now = case.now
+    if target.resume_at is None or target.resume_at <= now:
+        return
+    if target.down_since is None:
+        yield Point(
+            "target_throttled",
+            f"target {target.name} refuses launches for now; they resume "
+            f"{ahead(target.resume_at, now)}",
+            {"target": target.name, "resume_at": target.resume_at},
+        )
+    else:
+        yield Point(
+            "target_down",
+            f"target {target.name} does not answer since {ago(target.down_since, now)} "
+            f"({target.down_reason}); launches resume {ahead(target.resume_at, now)}",
+            {
+                "target": target.name,
+                "since": target.down_since,
+                "reason": target.down_reason,
+                "resume_at": target.resume_at,
+            },
+        )
+
+
 def _trouble(case: _Case) -> Trouble | None:
     """Say what of the storage has to be mended before launches go on."""
     target = case.target
@@ -702,6 +716,21 @@ def _storage_to_mend(case: _Case) -> Iterator[Point]:
         "storage",
         f"The storage of target {target.name} cannot be used: {problem}. Meanwhile {then}.",
         {"target": target.name, "problem": problem},
+    )
+
+
+def _refused_for_now(case: _Case, target: TargetView) -> Iterator[Point]:
+    job = case.batch.job
+    executions, next_call, reason = queries.refused_for_now(case.store, target.name, job)
+    if not executions:
+        return
+    many = "an execution" if executions == 1 else f"{executions} executions"
+    why = f" ({reason})" if reason else ""
+    yield Point(
+        "job_throttled",
+        f"target {target.name} has refused {many} of job {job} for now{why}, and what was asked "
+        f"for before comes first: called again {ahead(next_call or case.now, case.now)}",
+        {"executions": executions, "next_call": next_call, "reason": reason},
     )
 
 

@@ -6,14 +6,14 @@ is stopped for its time may well exit with 0.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from math import ceil
 from typing import Final, NamedTuple
 
 from dispatcher.backends.base import TaskReport
 from dispatcher.states import BatchState, CancelKind, Outcome
 
-__all__ = ["ASKED", "Policy", "Standing", "beyond", "judge", "verdict"]
+__all__ = ["ASKED", "CLOCKS_APART", "Policy", "Standing", "beyond", "judge", "verdict"]
 
 ASKED: Final = {
     CancelKind.OPERATOR: (Outcome.CANCELLED, "cancelled by an operator"),
@@ -24,6 +24,12 @@ ASKED: Final = {
     CancelKind.SUCCESS_POLICY: (Outcome.CANCELLED, "the batch can no longer succeed"),
     CancelKind.STRAY: (Outcome.CANCELLED, "no open attempt belongs to it"),
 }
+
+
+CLOCKS_APART: Final = timedelta(seconds=5)
+"""How far a provider's clock may be behind the database's, as our call is timed by the one and the
+end of a task by the other. Servers that keep time by NTP are apart by much less; what is stopped by
+our call and exits with 0 must not look like a success that came first."""
 
 
 class Policy(NamedTuple):
@@ -56,12 +62,12 @@ def judge(
 ) -> tuple[Outcome, str | None]:
     """Say how a task ended, given that we may have asked for its end.
 
-    What ended before our call was sent keeps the provider's word; so does a success whose time
-    proves that it came first.
+    What ended before our call was sent keeps the provider's word, where the times prove it whatever
+    `CLOCKS_APART` the clocks are.
     """
     if cancel_kind is None or cancel_sent_at is None:
         return report.outcome, report.reason
-    was_before = report.ended_at is not None and report.ended_at < cancel_sent_at
+    was_before = report.ended_at is not None and report.ended_at < cancel_sent_at - CLOCKS_APART
     # That it was cancelled is our doing, whatever the provider's clock says.
     if was_before and report.outcome is not Outcome.CANCELLED:
         return report.outcome, report.reason

@@ -41,6 +41,7 @@ __all__ = [
     "holders",
     "live",
     "read_batch",
+    "refused_for_now",
     "standing",
     "targets",
     "troubled",
@@ -730,6 +731,26 @@ def holders(
             batch_id=batch_id,
         )
         return [Holder(*row) for row in rows]
+
+
+def refused_for_now(store: Store, target: str, job: str) -> tuple[int, datetime | None, str | None]:
+    """Count a job's executions that wait for another call; when the next is due, and why it waits.
+
+    While there are any, nothing else of the job is launched on the target.
+    """
+    with store.transaction() as tx:
+        row = store.run(
+            tx,
+            """
+            SELECT count(*)::int, min(next_call_at),
+                (array_agg(reason ORDER BY next_call_at, id))[1]
+            FROM dispatcher.execution
+            WHERE target = :target AND job_name = :job AND state = 'intended' AND call_by IS NULL
+            """,
+            target=target,
+            job=job,
+        ).one()
+        return row[0], row[1], row[2]
 
 
 def ahead(store: Store, target: str, priority: int) -> list[tuple[str, str, int]]:

@@ -12,7 +12,6 @@ from typing import Final
 
 import structlog
 
-from dispatcher.engine.place import plain
 from dispatcher.errors import DispatcherError, InvalidInput, Unreachable
 from dispatcher.store.base import Conflict
 from dispatcher.wake import LAUNCH, PLAN
@@ -50,7 +49,7 @@ def plan(run: Runtime, batch_id: str) -> None:
         except Exception as error:
             # It may be a fault of this batch alone: it steps back, so that others are planned.
             log.exception("planning failed; postponed", batch=batch_id)
-            why = plain(f"planning failed: {type(error).__name__}: {error}")
+            why = f"planning failed: {type(error).__name__}: {error}"
             run.store.postpone_plan(batch_id, AFTER_A_FAULT, why)
             return
     if target is not None:

@@ -33,10 +33,10 @@ from dispatcher.documents import (
     DOCUMENT_BYTES,
     claim_path,
     document,
-    document_bytes,
     input_path,
     needs_document,
     result_prefix,
+    tasks_that_fit,
 )
 from dispatcher.engine.claiming import Claims
 from dispatcher.engine.place import (
@@ -61,6 +61,7 @@ from dispatcher.store import Conflict, Store, again
 from dispatcher.store.rows import (
     Claimed,
     ExecutionRow,
+    Held,
     Intent,
     TargetRow,
     WaitingBatch,
@@ -76,6 +77,16 @@ UNLIMITED: Final = 1_000_000
 
 MOST_CALLS: Final = 5
 """Launch calls without a clear answer, each looked up in vain, after which an attempt is over."""
+
+WAIT_TO_CALL: Final = 5.0
+"""Seconds until a launch that was not found, and that may not be called again now, is looked up."""
+
+TELLING: Final = 3
+"""Refusals for now of one execution that are taken for the whole target's: it is not launched on
+meanwhile. Those that follow may be due to a quota that only the job meets: only this job waits."""
+
+LONGEST_LOOK: Final = 30.0
+"""Seconds between two looks for one execution that cannot be looked up, at most."""
 
 LONGEST_HOLD: Final = 60.0
 """Seconds for which a target is not launched on after it has refused a call for now, at most;
@@ -143,7 +154,9 @@ class Launcher:
             return place.definitions.read()
         except Unavailable as error:
             if not error.not_started:
-                place.went_down(str(error), resume_in=1.0 + self._roll())
+                # Those whose definitions are known may well be possible, and are not held.
+                hold = None if place.definitions.answered else 1.0 + self._roll()
+                place.went_down(str(error), resume_in=hold)
             return False
 
     def _intend(self, place: Place) -> list[Call]:
@@ -158,10 +171,13 @@ class Launcher:
             place.told = row.told
             place.launches_fail = place.launches_fail or row.down_calls > 0
             tokens = self._tokens(tx, target)
-            free, most_calls = self._free(tx, target, row, tokens)
+            held = store.held_by_target(tx, target.name, telling=TELLING)
+            if (row.resumes_in or 0.0) > 0.0 or held.first:
+                return []  # it asked us to wait, and what was asked of it before comes first
+            free, most_calls = self._free(tx, target, row, held, tokens)
             if free <= 0 or most_calls <= 0:
                 return []
-            waiting = store.waiting(tx, target.name)
+            waiting = store.waiting(tx, target.name, without=held.waiting_jobs)
             plans = {
                 batch_id: under
                 for batch_id, plan in self._plans.of(
@@ -201,18 +217,24 @@ class Launcher:
         return [Call(ids[request.key], request, plan) for plan, request, _ in calls]
 
     def _free(
-        self, tx: sa.Connection, target: Target, row: TargetRow, tokens: float | None
+        self,
+        tx: sa.Connection,
+        target: Target,
+        row: TargetRow,
+        held: Held,
+        tokens: float | None,
     ) -> tuple[int, int]:
         """Say how many slots are free on a target, and how many launch calls may be made now."""
-        slots, executions, postponed = self._store.held_by_target(tx, target.name)
-        if (row.resumes_in or 0.0) > 0.0 or postponed:
-            return 0, 0  # it asked us to wait, and what was asked of it before comes first
         calls = 1 if row.down_calls else self._concurrency
+        if held.waiting_jobs:
+            # It may refuse other jobs too: as with a rate, the slower the more was refused.
+            pace = budget.pace(self._store.bucket(tx, target.name, "launch"))
+            calls = max(1, int(calls * pace))
         if tokens is not None:
             calls = min(calls, int(tokens))
         if target.max_executions is not None:
-            calls = min(calls, target.max_executions - executions)
-        free = UNLIMITED if target.max_running is None else target.max_running - slots
+            calls = min(calls, target.max_executions - held.executions)
+        free = UNLIMITED if target.max_running is None else target.max_running - held.slots
         return free, calls
 
     def _count_due(
@@ -294,27 +316,38 @@ class Launcher:
         claimed = self._store.claim(tx, plan.batch_id, sum(packs))
         items = self._store.items_of(tx, plan.batch_id, [c.chunk_index for c in claimed])
         requests = []
+        left: list[Claimed] = []
         for size in packs:
             chunks, claimed = claimed[:size], claimed[size:]
             if chunks:
-                requests += self._requests(plan, chunks, items, target)
+                request, taken = self._request(plan, chunks, items, target)
+                requests.append((plan, request, tuple(chunks[:taken])))
+                left += chunks[taken:]
+        if left:
+            self._store.give_back(tx, plan.batch_id, left)
         return requests
 
-    def _requests(
+    def _request(
         self,
         plan: Plan,
         chunks: Sequence[Claimed],
         items: Mapping[int, str],
         target: TargetRow,
-    ) -> list[tuple[Plan, LaunchRequest, tuple[Claimed, ...]]]:
-        """Write the request of an execution; of several where its document would be too large."""
-        key = new_key(plan.batch_id)
-        request = launch_request(plan, key, target.instance, chunks, items, intended_at=target.now)
-        if plan.wrapped and len(chunks) > 1 and document_bytes(request) > DOCUMENT_BYTES:
-            half = len(chunks) // 2
-            parts = (chunks[:half], chunks[half:])
-            return [one for part in parts for one in self._requests(plan, part, items, target)]
-        return [(plan, request, tuple(chunks))]
+    ) -> tuple[LaunchRequest, int]:
+        """Write the request of an execution, and say for how many of the chunks.
+
+        Fewer than all where its document would be too large: the others wait for another round, as
+        one more execution was counted against no limit.
+        """
+        key, tasks = new_key(plan.batch_id), [one.task for one in chunks]
+        request = launch_request(plan, key, target.instance, tasks, items, intended_at=target.now)
+        fit = tasks_that_fit(request, DOCUMENT_BYTES) if plan.wrapped else len(tasks)
+        if fit < len(tasks):
+            # Written anew, and no larger than before: a pack's items may be in each line.
+            request = launch_request(
+                plan, key, target.instance, tasks[:fit], items, intended_at=target.now
+            )
+        return request, fit
 
     def _call(self, place: Place, calls: Sequence[Call], by: float) -> None:
         """Make launch calls, all at once, and record the answers as they come."""
@@ -344,9 +377,10 @@ class Launcher:
             place.went_down(found.failures[0], resume_in=1.0 + self._roll())
         if found.postponed:
             again(partial(self._store.postpone_calls, found.postponed))
-            longest = max(after for _, after, _ in found.postponed.values())
-            self._store.hold_launches(place.target.name, longest)
-            self._store.slow_down(place.target.name, "launch")
+            waits = [after for number, after, _ in found.postponed.values() if number <= TELLING]
+            if waits:
+                self._store.hold_launches(place.target.name, max(waits))
+                self._store.slow_down(place.target.name, "launch")
         if found.rejected:
             self._settler.settle(place, found.rejected)
 
@@ -364,7 +398,7 @@ class Launcher:
             elif isinstance(error, Unavailable) and error.not_started:
                 after = error.retry_after.total_seconds() if error.retry_after else 5.0
                 after *= 1.0 + self._roll()
-                # All launches of the target wait as long: the slower bucket does the rest.
+                # At first all launches of the target wait as long; its slower bucket does the rest.
                 after = max(after, min(LONGEST_HOLD, after * 2 ** min(call.number - 1, 5)))
                 found.postponed[call.execution_id] = (call.number, after, plain(str(error)))
             else:
@@ -420,7 +454,9 @@ class Launcher:
             found = place.backend.find(call.request)
         except Exception as error:  # noqa: BLE001 - whatever it is, it tells nothing
             report_breach(error, BackendError)
-            self._store.postpone_look(row.id, min(30.0, 2.0 * 2 ** min(row.looks, 4)))
+            # The longer it could not be looked up the later again, so that others get their turn.
+            age = row.past_call_by or 0.0
+            self._store.postpone_look(row.id, min(LONGEST_LOOK, max(2.0, age / 4)))
             if not is_throttled(error):
                 place.looks.failed(self._monotonic())
                 place.went_down(f"{type(error).__name__}: {error}")
@@ -432,10 +468,12 @@ class Launcher:
         looks = 1 if limits.relaunch_safe else 2
         if can_be_found or row.looks + 1 < looks:
             self._store.looked(row.id, delay)
-        elif row.cancel_kind is None and row.calls < MOST_CALLS:
+        elif row.cancel_kind is not None or row.calls >= MOST_CALLS:
+            self._give_up(place, row, missing=-left, delay=delay)
+        elif self.calls_allowed(place, 1):
             self._repeat(place, row, call, "not found by its key")
         else:
-            self._give_up(place, row, missing=-left, delay=delay)
+            self._store.postpone_look(row.id, WAIT_TO_CALL)  # it may be found until then
 
     def _give_up(self, place: Place, row: ExecutionRow, *, missing: float, delay: float) -> None:
         """End an execution that is not to be found, unless its claim says that it has begun.
@@ -508,7 +546,7 @@ class Launcher:
             plan,
             row.key,
             instance,
-            chunks,
+            [one.task for one in chunks],
             items,
             intended_at=row.intent_at,
             parallelism=row.parallelism,

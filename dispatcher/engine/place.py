@@ -22,6 +22,7 @@ from dispatcher.requests import Plan
 from dispatcher.states import Outcome
 from dispatcher.storage import Storage
 from dispatcher.store import Store
+from dispatcher.store.plain import plain
 from dispatcher.store.rows import ExecutionRow
 from dispatcher.watching import Watch
 
@@ -145,22 +146,22 @@ class Ending:
     handle: str | None = None
     """The handle that it is about, where it is about what runs."""
 
+    absent: bool = False
+    """Whether it is told only because the provider no longer knows it."""
+
     def holds(self, row: ExecutionRow) -> bool:
         """Say if it still tells of this row.
 
         What is known of a launch call is no news of the execution once another call was begun, or
         once somebody has found what the call started. What is known of one handle is no news once
-        another one, which has the claim, is followed.
+        another one, which has the claim, is followed. That it is absent is none once somebody has
+        seen it again.
         """
+        if self.absent and row.absent_for is None:
+            return False
         if self.call is not None:
             return self.call == row.calls and row.handle is None
         return self.handle is None or self.handle == row.handle
-
-
-def plain(words: str) -> str:
-    """Write what a provider says in characters that Postgres can keep."""
-    words = words.replace("\0", "\N{REPLACEMENT CHARACTER}")
-    return words.encode(errors="replace").decode()
 
 
 def is_throttled(error: BaseException | None) -> bool:

@@ -65,6 +65,7 @@ class Poller:
             place.backend.limits.poll_interval.total_seconds(),
         )
         watch.pause(self._monotonic() + apart)
+        asked = self._monotonic()
         polls = {
             place.readers.submit(place.backend.poll, [one.handle for one in page]): page
             for page in pages
@@ -75,7 +76,7 @@ class Poller:
             while open_polls:
                 done, open_polls = wait(open_polls, return_when=FIRST_COMPLETED)
                 for future in done:
-                    self._read(place, polls[future], future, notes)
+                    self._read(place, polls[future], future, asked, notes)
                 if notes.tasks >= SETTLE_TASKS:
                     self._apply(place, notes)
                     settled_now, notes = settled_now + notes.tasks, _Notes()
@@ -92,9 +93,13 @@ class Poller:
         place: Place,
         page: Sequence[Watched],
         future: Future[Mapping[Handle, Report]],
+        asked: float,
         notes: _Notes,
     ) -> None:
-        """Note what a page of reports says. An error says nothing about any execution."""
+        """Note what a page of reports says. An error says nothing about any execution.
+
+        `asked` is from when on it was asked for: it may be read much later.
+        """
         now = self._monotonic()
         error = future.exception()
         if error is not None:
@@ -112,7 +117,7 @@ class Poller:
             if report is None:
                 place.watch.untold(one, now)
             elif report.phase is Phase.ABSENT:
-                self._read_absent(place, one, now, notes)
+                self._read_absent(place, one, asked, now, notes)
             elif not self._follow_winner(place, one, report, now):
                 self._read_present(place, one, report, now, notes)
 
@@ -153,14 +158,20 @@ class Poller:
             notes.endings.append(Ending(one.id, ended, final, handle=one.handle))
             notes.tasks += len(ended) or 1
 
-    def _read_absent(self, place: Place, one: Watched, now: float, notes: _Notes) -> None:
+    def _read_absent(
+        self, place: Place, one: Watched, asked: float, now: float, notes: _Notes
+    ) -> None:
         """Give up an execution that stays unknown to the provider, after a last cancel."""
+        first = one.absent is None
         if one.absent is None:
             one.absent = now
             notes.absent.append(one.id)
         grace = place.backend.limits.absent_grace.total_seconds()
-        if now - one.absent < grace:
+        if asked - one.absent < grace:
             one.next_look = now + min(grace, max(1.0, grace / 3))
+            return
+        if not first and not self._is_absent(one, grace):
+            place.watch.put_off([one.id], now)
             return
         try:
             place.backend.cancel(one.handle)
@@ -175,9 +186,16 @@ class Poller:
         reason = "the provider no longer knows it"
         rest = (Outcome.LOST, reason)
         notes.endings.append(
-            Ending(one.id, final=True, rest=rest, reason=reason, handle=one.handle)
+            Ending(one.id, final=True, rest=rest, reason=reason, handle=one.handle, absent=True)
         )
         notes.tasks += one.tasks
+
+    def _is_absent(self, one: Watched, grace: float) -> bool:
+        """Say if the row says so too, before it is stopped: another worker may have seen it."""
+        (row,) = self._store.executions([one.id]) or (None,)
+        if row is None or row.handle != one.handle or row.absent_for is None:
+            return False
+        return row.absent_for >= grace
 
     def _apply(self, place: Place, notes: _Notes) -> None:
         """Write what was noted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
 
@@ -90,7 +90,7 @@ class Sweeper:
             calls = calls[: self._launcher.calls_allowed(place, len(calls))]
         looks = due.get("look", []) if not place.looks.lasts(self._monotonic()) else []
         if place.looks.failures:
-            looks = looks[:1]  # one is enough to find out whether it answers again
+            looks = _one_of_each_job(looks)  # enough to find out whether it answers again
         for rows, step in (
             (due.get("cancel", []), self._cancel),
             (looks, partial(self._each, step=self._launcher.look)),
@@ -120,6 +120,7 @@ class Sweeper:
             elif error is not None:
                 log.error("cannot be cleared up", key=row.key, exc_info=error)
                 self._store.postpone_look(row.id, WAIT_AFTER_ERROR)
+                self._store.postpone_call(row.id, WAIT_AFTER_ERROR)
 
     def _cancel(self, place: Place, rows: Sequence[ExecutionRow]) -> None:
         """Ask for the end of some executions; a report will confirm it, or they are asked again."""
@@ -190,7 +191,7 @@ class Sweeper:
         """Cancel what runs on a target under our label and belongs to no live execution."""
         with self._store.transaction() as tx:
             instance = self._store.instance(tx)
-        since = datetime.now(UTC) - STRAYS_SINCE
+        since = self._store.now() - STRAYS_SINCE
         try:
             running = list(place.backend.strays(instance, since))
         except BackendError as error:
@@ -202,15 +203,19 @@ class Sweeper:
         self._claims.sort_out(place, running, "it runs and no open execution owns it")
 
     def clean(self, place: Place) -> int:
-        """Remove what finished executions have left, there and in the storage; say how much."""
+        """Remove what finished executions have left, there and in the storage; say how much.
+
+        By the database's time: a worker whose clock runs ahead would remove what is in use.
+        """
         removed = 0
+        now = self._store.now()
         try:
-            removed += place.backend.clean(datetime.now(UTC))
+            removed += place.backend.clean(now)
         except Unavailable as error:
             log.info("not cleaned", target=place.target.name, why=str(error))
         if place.storage is not None and self._monotonic() >= self._next_storage:
             self._next_storage = self._monotonic() + STORAGE_EVERY
-            removed += self._clean_storage(place.storage)
+            removed += self._clean_storage(place.storage, now - self._keep)
         return removed
 
     def make_room(self, place: Place) -> int:
@@ -218,14 +223,13 @@ class Sweeper:
         if not isinstance(place.backend, Crowded):
             return 0
         try:
-            return place.backend.make_room(datetime.now(UTC), self._store.recorded_keys)
+            return place.backend.make_room(self._store.now(), self._store.recorded_keys)
         except Unavailable as error:
             log.info("no room made", target=place.target.name, why=str(error))
             return 0
 
-    def _clean_storage(self, storage: Storage) -> int:
-        """Remove input documents, results and claims that are older than they are kept."""
-        before = datetime.now(UTC) - self._keep
+    def _clean_storage(self, storage: Storage, before: datetime) -> int:
+        """Remove input documents, results and claims that were written before a time."""
         removed = 0
         for prefix in STORED:
             try:
@@ -233,3 +237,11 @@ class Sweeper:
             except DispatcherError as error:
                 log.info("storage not cleaned", prefix=prefix, why=str(error))
         return removed
+
+
+def _one_of_each_job(rows: Sequence[ExecutionRow]) -> list[ExecutionRow]:
+    """Pick the first of each job, of a few jobs: it may be one job that nobody answers for."""
+    first: dict[str | None, ExecutionRow] = {}
+    for row in rows:
+        first.setdefault(row.job_name, row)
+    return list(first.values())[:READERS]

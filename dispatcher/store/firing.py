@@ -7,6 +7,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from dispatcher.store.base import BaseStore
+from dispatcher.store.plain import plain
 
 __all__ = ["FireStore"]
 
@@ -70,6 +71,6 @@ class FireStore(BaseStore):
             told=due_at.isoformat(),
             batch_id=batch_id,
             actor=self.actor,
-            reason=reason,
+            reason=None if reason is None else plain(reason),
         )
         return written.first() is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import Final
 
 from dispatcher import schema
 from dispatcher.states import CancelKind
@@ -13,6 +14,9 @@ from dispatcher.store.rows import (
 )
 
 __all__ = ["FollowStore"]
+
+MOST_DUE: Final = 1_000
+"""Executions of one kind that are read together, of those that something is due for."""
 
 
 class FollowStore(BaseStore):
@@ -115,7 +119,10 @@ class FollowStore(BaseStore):
             )
 
     def cancel_executions(self, ids: Sequence[int], kind: CancelKind, reason: str) -> None:
-        """Ask for the end of executions for a reason of their own."""
+        """Ask for the end of executions for a reason of their own, where it still holds.
+
+        Whoever has slept since it found one late may not know that another saw it start.
+        """
         with self.transaction() as tx:
             self.run(
                 tx,
@@ -123,6 +130,12 @@ class FollowStore(BaseStore):
                 WITH l AS MATERIALIZED (
                     SELECT id FROM dispatcher.execution
                     WHERE id = ANY(:ids) AND state = 'launched' AND cancel_requested_at IS NULL
+                        AND CASE CAST(:kind AS text)
+                            WHEN 'start_timeout'
+                                THEN started_at IS NULL AND start_deadline <= now()
+                            WHEN 'timeout' THEN deadline <= now()
+                            ELSE true
+                        END
                     ORDER BY id FOR UPDATE
                 ), e AS (
                     UPDATE dispatcher.execution e
@@ -177,37 +190,62 @@ class FollowStore(BaseStore):
             )
 
     def due(self, target: str) -> dict[str, list[ExecutionRow]]:
-        """Find the executions of a target that something is due for, by what it is."""
+        """Find the executions of a target that something is due for, by what it is.
+
+        Of each kind those that have waited longest, so that none hides another; and cancels that
+        were never sent before those that were.
+        """
         with self.transaction() as tx:
             rows = self.run(
                 tx,
                 f"""
-                SELECT w.what, {EXECUTION_COLUMNS}
-                FROM dispatcher.execution e CROSS JOIN LATERAL (
-                    SELECT CASE
-                        WHEN e.state = 'unknown' AND e.next_look_at <= now() THEN 'look'
-                        WHEN e.state = 'intended' AND e.call_by IS NULL
-                            AND e.cancel_requested_at IS NOT NULL THEN 'uncalled'
-                        WHEN e.state = 'intended' AND e.next_call_at <= now() THEN 'call'
-                        WHEN e.state = 'launched' AND e.next_cancel_at <= now() THEN 'cancel'
-                        WHEN e.state = 'launched' AND e.cancel_requested_at IS NULL
-                            AND e.started_at IS NULL AND e.start_deadline <= now()
-                            THEN 'start_timeout'
-                        WHEN e.state = 'launched' AND e.cancel_requested_at IS NULL
-                            AND e.deadline <= now() THEN 'timeout'
-                    END AS what
-                ) w
-                WHERE e.target = :target AND e.state IN {LIVE} AND w.what IS NOT NULL
-                    AND e.code_version <= :code_version
-                ORDER BY e.id LIMIT 1000
+                SELECT d.* FROM (
+                    SELECT w.what, row_number() OVER (
+                        PARTITION BY w.what ORDER BY
+                            CASE w.what WHEN 'cancel' THEN e.cancel_calls END,
+                            CASE w.what
+                                WHEN 'look' THEN e.next_look_at
+                                WHEN 'uncalled' THEN e.cancel_requested_at
+                                WHEN 'call' THEN e.next_call_at
+                                WHEN 'cancel' THEN e.next_cancel_at
+                                WHEN 'start_timeout' THEN e.start_deadline
+                                WHEN 'timeout' THEN e.deadline
+                            END,
+                            e.id
+                    ) AS place, {EXECUTION_COLUMNS}
+                    FROM dispatcher.execution e CROSS JOIN LATERAL (
+                        SELECT CASE
+                            WHEN e.state = 'unknown' AND e.next_look_at <= now() THEN 'look'
+                            WHEN e.state = 'intended' AND e.call_by IS NULL
+                                AND e.cancel_requested_at IS NOT NULL THEN 'uncalled'
+                            WHEN e.state = 'intended' AND e.next_call_at <= now() THEN 'call'
+                            WHEN e.state = 'launched' AND e.next_cancel_at <= now() THEN 'cancel'
+                            WHEN e.state = 'launched' AND e.cancel_requested_at IS NULL
+                                AND e.started_at IS NULL AND e.start_deadline <= now()
+                                THEN 'start_timeout'
+                            WHEN e.state = 'launched' AND e.cancel_requested_at IS NULL
+                                AND e.deadline <= now() THEN 'timeout'
+                        END AS what
+                    ) w
+                    WHERE e.target = :target AND e.state IN {LIVE} AND w.what IS NOT NULL
+                        AND e.code_version <= :code_version
+                ) d
+                WHERE d.place <= :most ORDER BY d.place
                 """,  # noqa: S608 - constants of this module
                 code_version=schema.CODE_VERSION,
                 target=target,
+                most=MOST_DUE,
             )
             found: dict[str, list[ExecutionRow]] = {}
-            for what, *columns in rows:
+            for what, _, *columns in rows:
                 found.setdefault(what, []).append(ExecutionRow(*columns))
             return found
+
+    def now(self) -> datetime:
+        """Read the database's time, by which everything is measured that is kept for a while."""
+        with self.transaction() as tx:
+            at: datetime = self.run(tx, "SELECT now()").scalar_one()
+            return at
 
     def known_keys(self, keys: Sequence[str]) -> dict[str, tuple[str, str | None, float | None]]:
         """Read state and handle of executions by key, and for how many seconds they are ended."""

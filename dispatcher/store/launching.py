@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy as sa
 
@@ -14,12 +14,22 @@ from dispatcher.receipts import open_positions
 from dispatcher.store.base import DUE, LIVE, BaseStore
 from dispatcher.store.rows import (
     Claimed,
+    Held,
     Intent,
     TargetRow,
     WaitingBatch,
 )
 
 __all__ = ["LaunchStore"]
+
+MOST_WAITING: Final = 1_000
+"""Batches that one round of launches looks at."""
+
+MOST_OF_JOB: Final = 200
+"""Those of one job."""
+
+FIRST_OF_JOB: Final = 20
+"""Those of each job that come before the rest of any, so that no job hides another."""
 
 
 class LaunchStore(BaseStore):
@@ -49,11 +59,13 @@ class LaunchStore(BaseStore):
                 name=name,
             )
 
-    def waiting(self, tx: sa.Connection, target: str) -> list[WaitingBatch]:
+    def waiting(
+        self, tx: sa.Connection, target: str, *, without: Iterable[str] = ()
+    ) -> list[WaitingBatch]:
         """Find batches of a target with due chunks, with the slots that they hold now.
 
-        At most some of each job: many batches of a job that is at its limit hide no other job. How
-        many chunks are due is counted by `count_due`.
+        None of the jobs `without`; and of each other job the first before more of any, as jobs that
+        are at their limits must hide no other. How many chunks are due is counted by `count_due`.
         """
         rows = self.run(
             tx,
@@ -64,20 +76,29 @@ class LaunchStore(BaseStore):
                     WHERE e.batch_id = b.id AND e.state IN {LIVE}
                 ), 0)::int, 0, b.largest_chunk
             FROM (
-                SELECT b.*, row_number() OVER (
-                    PARTITION BY b.job_name ORDER BY b.priority DESC, b.created_at, b.id
-                ) AS place
-                FROM dispatcher.batch b
-                WHERE b.target = :target AND b.state = 'running' AND b.cancel_requested_at IS NULL
-                    AND b.code_version <= :code_version AND EXISTS (
-                        SELECT 1 FROM dispatcher.chunk c
-                        WHERE c.batch_id = b.id AND {DUE}
-                    )
+                SELECT * FROM (
+                    SELECT b.*, row_number() OVER (
+                        PARTITION BY b.job_name ORDER BY b.priority DESC, b.created_at, b.id
+                    ) AS place
+                    FROM dispatcher.batch b
+                    WHERE b.target = :target AND b.state = 'running'
+                        AND b.cancel_requested_at IS NULL AND b.code_version <= :code_version
+                        AND b.job_name <> ALL(:without) AND EXISTS (
+                            SELECT 1 FROM dispatcher.chunk c
+                            WHERE c.batch_id = b.id AND {DUE}
+                        )
+                ) b
+                WHERE b.place <= :most_of_job
+                ORDER BY b.place > 1, b.place > :first_of_job, b.priority DESC, b.created_at, b.id
+                LIMIT :most
             ) b
-            WHERE b.place <= 200
-            ORDER BY b.priority DESC, b.created_at, b.id LIMIT 1000
+            ORDER BY b.priority DESC, b.created_at, b.id
             """,  # noqa: S608 - constants of this package
             target=target,
+            without=list(without),
+            most=MOST_WAITING,
+            most_of_job=MOST_OF_JOB,
+            first_of_job=FIRST_OF_JOB,
             code_version=schema.CODE_VERSION,
         )
         return [WaitingBatch(*row) for row in rows]
@@ -102,21 +123,31 @@ class LaunchStore(BaseStore):
         )
         return {row[0]: row[1] for row in rows}
 
-    def held_by_target(self, tx: sa.Connection, target: str) -> tuple[int, int, int]:
-        """Count a target's slots and live executions, from the rows: nothing can leak.
+    def held_by_target(self, tx: sa.Connection, target: str, *, telling: int) -> Held:
+        """Count a target's slots and live executions, and what waits for another call.
 
-        And how many of them wait for another call, as the provider asked us to slow down.
+        Of these come first those that are due for it, up to their `telling`-th call: what was
+        refused more often may be refused for ever.
         """
         row = self.run(
             tx,
             f"""
             SELECT coalesce(sum(least(open_tasks, parallelism)), 0)::int, count(*)::int,
-                (count(*) FILTER (WHERE state = 'intended' AND call_by IS NULL))::int
+                (count(*) FILTER (
+                    WHERE state = 'intended' AND call_by IS NULL AND next_call_at <= now()
+                        AND calls <= :telling AND cancel_requested_at IS NULL
+                        AND code_version <= :code_version
+                ))::int,
+                coalesce(array_agg(DISTINCT job_name) FILTER (
+                    WHERE state = 'intended' AND call_by IS NULL AND job_name IS NOT NULL
+                ), '{{}}')
             FROM dispatcher.execution WHERE target = :target AND state IN {LIVE}
             """,  # noqa: S608 - a constant of this module
             target=target,
+            telling=telling,
+            code_version=schema.CODE_VERSION,
         ).one()
-        return row[0], row[1], row[2]
+        return Held(*row)
 
     def held_by_job(self, tx: sa.Connection, job_name: str) -> int:
         """Count the slots of a job over all its batches."""
@@ -179,14 +210,14 @@ class LaunchStore(BaseStore):
             tx,
             f"""
             WITH picked AS MATERIALIZED (
-                SELECT c.batch_id, c.index FROM dispatcher.chunk c
+                SELECT c.batch_id, c.index, c.reason FROM dispatcher.chunk c
                 WHERE c.batch_id = :batch_id AND {DUE}
                 ORDER BY c.due_at, c.index LIMIT :most FOR UPDATE SKIP LOCKED
             )
             UPDATE dispatcher.chunk c
             SET state = 'launching', attempts = c.attempts + 1, hold_until = NULL, reason = NULL
             FROM picked p WHERE c.batch_id = p.batch_id AND c.index = p.index
-            RETURNING c.index, c.attempts, c.items_ok, c.size
+            RETURNING c.index, c.attempts, c.items_ok, c.size, p.reason
             """,  # noqa: S608 - a constant of this package
             batch_id=batch_id,
             most=most,
@@ -199,9 +230,28 @@ class LaunchStore(BaseStore):
                 index,
                 number,
                 open_positions(size, done[index]) if index in done else None,
+                reason,
             )
-            for index, number, _, size in (claimed[index] for index in sorted(claimed))
+            for index, number, _, size, reason in (claimed[index] for index in sorted(claimed))
         ]
+
+    def give_back(self, tx: sa.Connection, batch_id: str, claimed: Sequence[Claimed]) -> None:
+        """launching → pending for chunks that this transaction has claimed: nobody saw it."""
+        self.run(
+            tx,
+            """
+            UPDATE dispatcher.chunk c
+            SET state = 'pending', attempts = c.attempts - 1, reason = n.reason
+            FROM unnest(CAST(:indexes AS int[]), CAST(:numbers AS int[]), CAST(:reasons AS text[]))
+                AS n (index, number, reason)
+            WHERE c.batch_id = :batch_id AND c.index = n.index AND c.state = 'launching'
+                AND c.attempts = n.number
+            """,
+            batch_id=batch_id,
+            indexes=[one.chunk_index for one in claimed],
+            numbers=[one.number for one in claimed],
+            reasons=[one.reason for one in claimed],
+        )
 
     def items_done(
         self, tx: sa.Connection, batch_id: str, indexes: Sequence[int]
@@ -581,6 +631,20 @@ class LaunchStore(BaseStore):
                 UPDATE dispatcher.execution
                 SET next_look_at = now() + :delay * interval '1 second'
                 WHERE id = :id AND state = 'unknown'
+                """,
+                id=execution_id,
+                delay=delay,
+            )
+
+    def postpone_call(self, execution_id: int, delay: float) -> None:
+        """Call again later: nothing was called."""
+        with self.transaction() as tx:
+            self.run(
+                tx,
+                """
+                UPDATE dispatcher.execution
+                SET next_call_at = now() + :delay * interval '1 second'
+                WHERE id = :id AND state = 'intended' AND call_by IS NULL
                 """,
                 id=execution_id,
                 delay=delay,

@@ -14,6 +14,7 @@ from dispatcher import schema
 from dispatcher.errors import Unreachable
 from dispatcher.states import BatchState
 from dispatcher.store.base import BaseStore
+from dispatcher.store.plain import plain
 
 __all__ = ["PlanStore", "Planning"]
 
@@ -86,7 +87,7 @@ class PlanStore(BaseStore):
                 """,
                 id=batch_id,
                 delay=delay,
-                reason=reason,
+                reason=plain(reason),
                 actor=self.actor,
             )
 
@@ -115,7 +116,7 @@ class PlanStore(BaseStore):
             """,
             id=batch_id,
             state=state,
-            reason=reason,
+            reason=None if reason is None else plain(reason),
             actor=self.actor,
         )
         return moved.first() is not None

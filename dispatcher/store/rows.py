@@ -13,6 +13,7 @@ __all__ = [
     "Claimed",
     "Closing",
     "ExecutionRow",
+    "Held",
     "Intent",
     "MovedChunk",
     "NewBatch",
@@ -62,6 +63,18 @@ class TargetRow(NamedTuple):
     """Its limits, as who leads it now has written them; None if nobody does."""
 
 
+class Held(NamedTuple):
+    """What a target holds now, counted from the rows: nothing can leak."""
+
+    slots: int
+    executions: int
+    first: int
+    """Executions that are called again before any other is asked for."""
+
+    waiting_jobs: list[str]
+    """Jobs of which executions wait for another call, as the provider refused them for now."""
+
+
 class WaitingBatch(NamedTuple):
     """A batch with chunks that may be launched now."""
 
@@ -81,6 +94,14 @@ class Claimed(NamedTuple):
     number: int
     positions: list[int] | None = None
     """The items that it is given; None: all of them."""
+
+    reason: str | None = None
+    """Why it was pending, for the case that it is given back."""
+
+    @property
+    def task(self) -> tuple[int, int, list[int] | None]:
+        """What a request is written from."""
+        return self.chunk_index, self.number, self.positions
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 from workbench import HERE, Bench, job
 
+from dispatcher.backends.base import Handle, Phase, Report
 from dispatcher.engine import planner
 from dispatcher.errors import NotAllowed, UnknownBatch
-from dispatcher.states import Outcome
+from dispatcher.states import CancelKind, Outcome
 from dispatcher.testing import Ending, Fault
 
 MakeBench = Callable[..., Bench]
@@ -81,10 +83,104 @@ def test_a_success_that_came_before_the_cancel_stays_one(bench: Bench) -> None:
     bench.script(seconds=5)
     batch = bench.enqueue([1])
     bench.turn()
-    bench.advance(6)  # it has ended, and nobody has looked yet
+    bench.advance(60)  # it has ended, and nobody has looked yet
     batch.cancel()
     batch = bench.finish(batch)
     assert (batch.state, bench.outcomes(batch)) == ("succeeded", ["succeeded"])
+
+
+def test_what_a_cancel_stops_is_no_success_where_the_providers_clock_is_behind(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server does that exits with 0 when it is asked to end."""
+    bench.world.clock = lambda: bench.at - timedelta(seconds=1)
+    bench.script(LONG)
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.turn(60)
+    (handle,) = bench.world.handles()
+
+    def stop(_handle: Handle) -> None:
+        bench.world.kill(handle, 0, Outcome.SUCCEEDED)
+
+    monkeypatch.setattr(bench.engine.places[HERE].backend, "cancel", stop)
+    batch.cancel()
+    batch = bench.finish(batch)
+    assert (batch.state, bench.outcomes(batch)) == ("cancelled", ["cancelled"])
+
+
+def test_a_cancel_is_sent_to_each_before_it_is_repeated_to_any(bench: Bench) -> None:
+    bench.script(LONG)
+    batch = bench.enqueue(range(4))
+    bench.turn()
+    ids = bench.sql("SELECT id FROM dispatcher.execution ORDER BY id")
+    batch.cancel()
+    bench.store.cancel_sent({ids[0]: 0.0, ids[1]: 0.0})
+    bench.store.cancel_sent({ids[0]: 0.0})
+    due = [row.id for row in bench.store.due(HERE)["cancel"]]
+    assert due == [ids[2], ids[3], ids[1], ids[0]]
+    assert bench.finish(batch).state == "cancelled"
+
+
+def test_what_another_worker_has_seen_start_is_not_ended_for_its_start(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker finds it late, stops for ten minutes, and goes on where it was."""
+    bench = make_bench(job(start_timeout="60s", timeout="2h"))
+    bench.script(Ending(seconds=3600, start_seconds=65))
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.advance(61)
+    other = bench.worker("worker-2")
+    ask = bench.store.cancel_executions
+
+    def sleep(ids: Sequence[int], kind: CancelKind, reason: str) -> None:
+        monkeypatch.undo()
+        bench.advance(600)
+        other.follow(HERE)
+        ask(ids, kind, reason)
+
+    monkeypatch.setattr(bench.store, "cancel_executions", sleep)
+    bench.follow()
+    assert bench.store.cancel_executions == ask, "it was asked"
+    assert bench.finish(batch, step=300).state == "succeeded"
+    assert bench.outcomes(batch) == ["succeeded"]
+
+
+@pytest.mark.parametrize("asked_at", [20, 61])
+def test_what_another_worker_has_seen_again_is_neither_stopped_nor_lost(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, asked_at: int
+) -> None:
+    """A worker stops for ten minutes with an answer in hand, as the grace is half or all over."""
+    bench = make_bench(job(timeout="2h"), settings={"absent_grace": "60s"})
+    bench.script(seconds=3600)
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.turn(60)
+    other = bench.worker("worker-2")
+    backend = bench.engine.places[HERE].backend
+
+    def missing(handles: Sequence[Handle]) -> dict[Handle, Report]:
+        return {handle: Report(Phase.ABSENT) for handle in handles}
+
+    def sleep(handles: Sequence[Handle]) -> dict[Handle, Report]:
+        answer = missing(handles)
+        monkeypatch.undo()
+        bench.advance(600)
+        other.follow(HERE)
+        return answer
+
+    monkeypatch.setattr(backend, "poll", missing)
+    bench.advance(30)
+    bench.follow()
+    assert bench.sql("SELECT absent_since IS NOT NULL FROM dispatcher.execution") == [True]
+    bench.advance(asked_at)
+    monkeypatch.setattr(backend, "poll", sleep)
+    bench.follow()
+    assert bench.sql("SELECT absent_since FROM dispatcher.execution") == [None]
+    assert bench.world.calls["cancel"] == 0
+    assert bench.finish(batch, step=300).state == "succeeded"
+    assert bench.outcomes(batch) == ["succeeded"]
 
 
 def test_what_was_never_enqueued_cannot_be_cancelled(bench: Bench) -> None:
@@ -327,6 +423,29 @@ def test_a_template_that_an_item_does_not_fit_fails_the_plan(make_bench: MakeBen
     assert batch.refresh().state == "failed"
     assert "{items:csv} takes text, numbers, true and false" in (batch.refresh().reason or "")
     assert bench.states(batch) == []
+
+
+def test_a_batch_whose_source_fails_in_words_that_no_column_holds_says_why(
+    make_bench: MakeBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shop_rows.py").write_text(
+        "def rows():\n    raise ValueError('row 7: \\0 \\ud800 in a name')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    bench = make_bench(job(items={"source": "shop_rows:rows"}))
+    batch = bench.enqueue(None)
+    bench.turn()
+    batch = batch.refresh()
+    assert batch.state == "failed"
+    assert "row 7: \N{REPLACEMENT CHARACTER}" in (batch.reason or "")
+
+
+def test_a_plan_that_is_put_off_in_words_that_no_column_holds_says_why(bench: Bench) -> None:
+    batch = bench.enqueue([1])
+    bench.store.postpone_plan(batch.id, timedelta(minutes=3), "no \0 answer")
+    assert batch.refresh().reason == "no \N{REPLACEMENT CHARACTER} answer"
+    bench.advance(180)
+    assert bench.finish(batch).state == "succeeded"
 
 
 def test_a_plan_whose_source_does_not_answer_is_tried_again_later(

@@ -297,6 +297,29 @@ def test_an_empty_bucket_of_launch_calls_says_when_the_next_one_is_due(
     assert "(launches_per_minute, slowed to 50% after throttling)" in told(bench, batch).text
 
 
+def test_a_job_that_was_refused_for_now_says_when_it_is_called_again(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(concurrency=1)
+    awake(bench)
+    bench.world.fail_next("launch", Fault.THROTTLED)
+    batch = bench.enqueue(range(3))
+    bench.turn()
+    second = bench.enqueue([1])
+    bench.plan()
+    said = told(bench, second)
+    assert text(said, "target_throttled") == (
+        "1 chunk could be launched now, but target here refuses launches for now; they resume "
+        f"in 8 s ({at(bench, 7.5)})."
+    )
+    assert text(said, "job_throttled") == (
+        "Also, target here has refused an execution of job work for now (scripted fault of "
+        "launch: throttled), and what was asked for before comes first: called again in 8 s "
+        f"({at(bench, 7.5)})."
+    )
+    assert bench.finish(batch).state == "succeeded"
+
+
 def test_a_bucket_that_is_not_empty_holds_nothing_up(make_bench: MakeBench) -> None:
     bench = make_bench(limits={"launches_per_minute": 600.0})
     awake(bench)

@@ -11,7 +11,8 @@ import pytest
 import sqlalchemy as sa
 
 from dispatcher import Config, Job, Target
-from dispatcher.engine import Engine
+from dispatcher.engine import Engine, firer
+from dispatcher.errors import InvalidInput
 from dispatcher.schedule import Schedule
 from dispatcher.schema import create_engine
 from dispatcher.store import Store
@@ -140,3 +141,20 @@ def test_one_that_cannot_be_enqueued_is_recorded_with_its_reason_and_holds_up_no
     assert "missing.jsonl" in str(site.rows()[-1][2])
     site.move(hours=1)
     assert len(site.worker().fire()) == 1
+
+
+def test_a_reason_that_no_column_holds_is_recorded_in_characters_that_it_does(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise InvalidInput("line 3: \0 is no item")
+
+    worker = site.worker()
+    worker.fire()
+    site.move(hours=1)
+    with monkeypatch.context() as broken:
+        broken.setattr(firer, "BatchRequest", refuse)
+        assert worker.fire() == []
+    assert site.rows()[-1][2] == "line 3: \N{REPLACEMENT CHARACTER} is no item"
+    site.move(hours=1)
+    assert len(worker.fire()) == 1

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import pytest
 from workbench import HERE, Bench, eventually, job
 
 from dispatcher import budget
+from dispatcher.engine import launcher
+from dispatcher.states import Outcome
+from dispatcher.storage import Storage
 from dispatcher.testing import Ending, Fault
 
 MakeBench = Callable[..., Bench]
@@ -45,6 +50,67 @@ def test_a_target_never_holds_more_executions_than_max_executions(make_bench: Ma
     assert bench.finish(batch).state == "succeeded"
     assert bench.world.peak_running() == 8
     assert bench.world.calls["launch"] == 5
+
+
+def test_a_pack_whose_document_is_too_large_exceeds_no_limit(
+    make_bench: MakeBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "DOCUMENT_BYTES", 2000)
+    wrapped = job(
+        args=["{items:json}", "{items:json}"],
+        options={"max_tasks": 8, "parallelism": 2, "wrapped": True},
+    )
+    bench = make_bench(
+        wrapped,
+        settings={"per_task_env": False},
+        limits={"max_running": 2, "max_executions": 1, "launches_per_minute": 60.0},
+        storage=Storage(f"file://{tmp_path}/store"),
+    )
+    bench.script(Ending(Outcome.LOST, reason="preempted"), seconds=10)
+    batch = bench.enqueue(["x" * 200] * 8)
+    bench.plan()
+    bench.launch()
+    assert bench.sql("SELECT tasks FROM dispatcher.execution") == [2]
+    assert bench.sql("SELECT tokens FROM dispatcher.bucket WHERE kind = 'launch'") == [9]
+    assert bench.states(batch) == [*["running"] * 2, *["pending"] * 6]
+    assert bench.sql("SELECT attempts FROM dispatcher.chunk ORDER BY index") == [1, 1, *[0] * 6]
+    assert bench.finish(batch, step=5).state == "succeeded"
+    assert [bench.outcomes(batch, index) for index in range(8)] == [["lost", "succeeded"]] * 8
+    assert bench.world.peak_running() == 2
+
+
+def test_a_chunk_that_is_given_back_is_as_it_was(bench: Bench) -> None:
+    bench.script(Ending(Outcome.LOST, reason="preempted"))
+    batch = bench.enqueue(range(2))
+    bench.turn()
+    bench.turn(1)
+    look = "SELECT index, state, attempts, reason, due_at FROM dispatcher.chunk ORDER BY index"
+    before = bench.sql(look)
+    assert before[0][1:3] == ("pending", 1)
+    assert "preempted" in before[0][3]
+    bench.advance(60)
+    with bench.store.transaction() as tx:
+        claimed = bench.store.claim(tx, batch.id, 2)
+        assert [one.number for one in claimed] == [2, 2]
+        bench.store.give_back(tx, batch.id, claimed)
+    assert bench.sql(look) == before
+    assert bench.finish(batch).state == "succeeded"
+
+
+def test_launches_that_are_called_again_take_tokens_too(make_bench: MakeBench) -> None:
+    bench = make_bench(limits={"launches_per_minute": 24.0})
+    bench.script(seconds=1000)
+    bench.enqueue(range(20))
+    bench.plan()
+    assert len(bench.intend()) == 4, "and this launcher dies"
+    bench.advance(26)
+    bench.follow()
+    bench.follow()
+    bench.launch()
+    assert bench.world.calls["launch"] == 4, "what ten seconds give, in all"
+    for _ in range(30):
+        bench.turn(2)
+    assert bench.executions() == ["launched"] * 20
 
 
 def test_an_unknown_launch_holds_its_slot(make_bench: MakeBench) -> None:

@@ -19,6 +19,7 @@ from dispatcher.backends.base import (
     Phase,
     Report,
     TaskReport,
+    Unavailable,
 )
 from dispatcher.errors import Unreachable
 from dispatcher.states import Outcome
@@ -33,6 +34,13 @@ class Spoiled:
     def __init__(self, inner: Backend) -> None:
         self._inner = inner
         self.find_fails = False
+        self.not_found_out: str | None = None
+        """The job of which nothing can be looked up."""
+
+        self.throttled: str | None = None
+        """The job of which each launch is refused for now."""
+
+        self.cancel: Callable[[Handle], None] = inner.cancel
         self.report: Callable[[Report], Report] = lambda report: report
 
     def __getattr__(self, name: str) -> Any:
@@ -41,7 +49,14 @@ class Spoiled:
     def find(self, request: LaunchRequest) -> Launched | None:
         if self.find_fails:
             raise ValueError("a bug in the backend")
+        if request.job == self.not_found_out:
+            raise Unavailable("403: this worker may not list executions of the job")
         return self._inner.find(request)
+
+    def launch(self, request: LaunchRequest) -> Launched:
+        if request.job == self.throttled:
+            raise Unavailable("429: too many executions of this job", not_started=True)
+        return self._inner.launch(request)
 
     def poll(self, handles: Sequence[Handle]) -> Mapping[Handle, Report]:
         return {handle: self.report(r) for handle, r in self._inner.poll(handles).items()}
@@ -143,6 +158,92 @@ def test_an_execution_that_cannot_be_looked_up_holds_up_no_cancel(make_bench: Ma
     bench.advance(60)
     bench.turn(3)
     assert lost.refresh().counts == {"running": 1}
+
+
+def test_an_execution_that_can_never_be_looked_up_holds_up_no_other_look(
+    make_bench: MakeBench,
+) -> None:
+    bench, backend = spoiled(make_bench, job("bad"), job("good"))
+    backend.not_found_out = "bad"
+    bench.world.fail_next("launch", Fault.REPLY_LOST, times=3)
+    bad = bench.enqueue(range(3), "bad")
+    bench.turn()
+    for _ in range(40):
+        bench.turn(2)
+    bench.world.fail_next("launch", Fault.REPLY_LOST, times=2)
+    good = bench.enqueue(range(2), "good")
+    bench.until(lambda: bench.world.calls["launch"] == 5, "the good one was called", turns=40)
+    bench.until(lambda: bool(good.refresh().finished), "the good one ended", turns=20)
+    assert good.refresh().state == "succeeded"
+    assert bad.refresh().state == "running"
+    backend.not_found_out = None
+    bench.advance(60)
+    assert bench.finish(bad).state == "succeeded"
+
+
+def test_a_job_whose_launches_are_always_refused_for_now_holds_up_no_other_for_long(
+    make_bench: MakeBench,
+) -> None:
+    bench, backend = spoiled(make_bench, job("bad"), job("good"), concurrency=2)
+    backend.throttled = "bad"
+    bad = bench.enqueue(range(9), "bad", priority=10)
+    bench.turn()
+    good = bench.enqueue(range(9), "good")
+    bench.until(lambda: bool(good.refresh().finished), "the good one ended", step=5, turns=30)
+    assert good.refresh().state == "succeeded"
+    waits = bench.sql("SELECT count(*) FROM dispatcher.execution WHERE job_name = 'bad'")
+    assert waits == [2], "what was asked for before comes first, within the job"
+    backend.throttled = None
+    assert bench.finish(bad, step=10).state == "succeeded"
+    assert bench.outcomes(bad) == ["succeeded"]
+
+
+def test_a_call_that_meets_a_fault_of_ours_is_put_off_and_takes_no_token_at_each_turn(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench(limits={"launches_per_minute": 60.0})
+    bench.world.fail_next("launch", Fault.THROTTLED)
+    batch = bench.enqueue([1])
+    bench.turn()
+    bench.advance(10)
+    tries: list[int] = []
+
+    def fail(_place: Any, row: Any) -> None:
+        tries.append(row.id)
+        raise ValueError("a bug in the templates")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.engine._launcher, "_call_of", fail)
+        for _ in range(10):
+            bench.turn(1)
+    assert len(tries) == 1
+    bench.advance(30)
+    assert bench.finish(batch).state == "succeeded"
+
+
+def test_what_cannot_be_cancelled_now_hides_nothing_that_must_be_looked_up(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dispatcher.store.following.MOST_DUE", 3)
+    bench, backend = spoiled(make_bench, job("many"), job("good"))
+    bench.script(seconds=10_000)
+    many = bench.enqueue(range(5), "many")
+    bench.turn()
+    bench.world.fail_next("launch", Fault.REPLY_LOST)
+    bench.enqueue([1], "good")
+    bench.plan()
+    bench.launch()
+    assert bench.executions() == [*["launched"] * 5, "unknown"]
+
+    def refuse(_handle: Handle) -> None:
+        raise Unavailable("the budget of cancels is used up", not_started=True)
+
+    with monkeypatch.context() as full:
+        full.setattr(backend, "cancel", refuse)
+        bench.dispatcher.cancel(many.id)
+        bench.follow()
+    assert bench.executions() == ["launched"] * 6
+    bench.finish(many)
 
 
 def test_a_launch_that_never_gets_a_clear_answer_is_given_up(make_bench: MakeBench) -> None:

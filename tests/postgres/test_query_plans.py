@@ -107,7 +107,7 @@ def statements(bench: Bench) -> dict[str, Callable[[sa.Connection], object]]:
         "lock_target": lambda tx: store.lock_target(tx, HERE),
         "waiting": lambda tx: store.waiting(tx, HERE),
         "count_due": lambda tx: store.count_due(tx, {"batch15": 16, "batch16": 16}),
-        "held_by_target": lambda tx: store.held_by_target(tx, HERE),
+        "held_by_target": lambda tx: store.held_by_target(tx, HERE, telling=3),
         "held_by_job": lambda tx: store.held_by_job(tx, "job0"),
         "jobs": lambda tx: store.jobs(tx, ["batch15", "batch16"]),
         "lock_running": lambda tx: store.lock_running(tx, ["batch15", "batch16"]),

@@ -154,6 +154,7 @@ def test_no_transition_moves_what_has_moved_already(bench: Bench) -> None:
         assert store.call_again(execution, old=old, calls=1, window=window, reason="late") is None
     store.looked(execution, 1.0)
     store.postpone_look(execution, 1.0)
+    store.postpone_call(execution, 1.0)
     store.mark_started({execution: None})
     store.mark_absent([execution])
     store.mark_present([execution])

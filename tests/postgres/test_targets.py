@@ -303,6 +303,21 @@ def test_a_throttled_target_is_called_less_and_less(make_bench: MakeBench) -> No
     assert len(bench.executions()) == 16, "no others are asked for before these"
 
 
+def test_a_target_that_throttles_each_of_its_jobs_is_called_less_and_less(
+    make_bench: MakeBench,
+) -> None:
+    names = "abcdef"
+    bench = make_bench(*(job(name) for name in names), concurrency=4)
+    bench.world.fail_next("launch", Fault.THROTTLED, times=10_000)
+    for name in names:
+        bench.enqueue(range(50), name)
+    for _ in range(60):
+        bench.turn()
+        bench.advance(1)
+    assert bench.world.calls["launch"] <= 4 * 5
+    assert len(bench.executions()) <= len(names), "the second round asks for one, as a probe"
+
+
 def test_many_batches_of_a_job_at_its_limit_hide_no_other_job(make_bench: MakeBench) -> None:
     bench = make_bench(job("full", limits={"running": 1}), job("other"))
     bench.script(seconds=1000)
@@ -314,6 +329,21 @@ def test_many_batches_of_a_job_at_its_limit_hide_no_other_job(make_bench: MakeBe
         bench.engine.plan(batch)
     bench.engine.launch(HERE)
     assert late.refresh().counts == {"running": 1}
+
+
+def test_jobs_at_their_limits_hide_no_other_job_whatever_their_priority(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dispatcher.store.launching.MOST_WAITING", 6)
+    bench = make_bench(*(job(name, limits={"running": 1}) for name in "abc"), job("other"))
+    bench.script(seconds=1000)
+    for name in "abc" * 3:
+        bench.enqueue([1], name, priority=5)
+    late = bench.enqueue([1], "other")
+    bench.plan()
+    bench.launch()
+    assert late.refresh().counts == {"running": 1}
+    assert len(bench.executions()) == 4
 
 
 # --- rows that are held, machines, other backends -------------------------------------------------

@@ -82,3 +82,58 @@ def test_while_the_provider_does_not_answer_nothing_is_asked_and_what_is_wanted_
     provider.answers["a"] = Definition()
     assert definitions.read()
     assert len(provider.asked) == 4
+
+
+def test_one_that_gets_no_answer_is_asked_seldom_and_keeps_no_other_from_being_read() -> None:
+    provider = Provider()
+    provider.answers = {"bad": Unavailable("500"), "good": Definition(), "late": Definition()}
+    definitions = make(provider)
+    for name in ("bad", "good"):
+        definitions.under(plan(name))
+    with pytest.raises(Unavailable, match="500"):
+        definitions.read()
+    assert definitions.under(plan("good")) is not None
+    definitions.under(plan("late"))
+    assert definitions.read(), "at once"
+    assert provider.asked == ["bad", "good", "late"]
+    for pause in (2.0, 4.0, 8.0):
+        provider.now += pause - 0.1
+        assert not definitions.read()
+        provider.now += 0.1
+        with pytest.raises(Unavailable, match="500"):
+            definitions.read()
+    assert provider.asked[3:] == ["bad"] * 3
+
+
+def test_several_that_get_no_answer_let_others_go_before_them_the_next_time() -> None:
+    provider = Provider()
+    names = ("bad", "worse", "good", "fine")
+    provider.answers = {name: Unavailable("500") for name in names}
+    definitions = make(provider)
+    for name in names:
+        definitions.under(plan(name))
+    with pytest.raises(Unavailable):
+        definitions.read()
+    assert provider.asked == ["bad", "worse"], "nobody answers, so it seems"
+    provider.answers |= {"good": Definition(), "fine": Definition()}
+    assert not definitions.read(), "all of them are left alone for a while"
+    provider.now += 2.0
+    with pytest.raises(Unavailable):
+        definitions.read()
+    assert provider.asked[2:] == ["good", "fine", "bad", "worse"]
+    assert definitions.under(plan("good")) is not None
+
+
+def test_one_that_is_refused_for_now_goes_after_the_others() -> None:
+    provider = Provider()
+    provider.answers = {"bad": Unavailable("429", not_started=True), "good": Definition()}
+    definitions = make(provider)
+    for name in ("bad", "good"):
+        definitions.under(plan(name))
+    with pytest.raises(Unavailable, match="429"):
+        definitions.read()
+    assert provider.asked == ["bad"]
+    provider.now += 1.0
+    with pytest.raises(Unavailable, match="429"):
+        definitions.read()
+    assert definitions.under(plan("good")) is not None
