@@ -10,7 +10,7 @@ Only two exceptions may come out of a backend, `Unavailable` and `Rejected`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -20,6 +20,7 @@ from typing import (
     ClassVar,
     Final,
     Literal,
+    NamedTuple,
     Protocol,
     TypeAlias,
     runtime_checkable,
@@ -48,6 +49,7 @@ __all__ = [
     "Launched",
     "Meter",
     "Phase",
+    "Recorded",
     "Rejected",
     "Remark",
     "Report",
@@ -444,15 +446,28 @@ class Backend(Protocol):
         ...
 
 
+class Recorded(NamedTuple):
+    """What is recorded of a key."""
+
+    ended: bool
+    """How it ended is written down, so that nobody will ask for it again."""
+
+    calls: int
+    """Launch calls; with a second one the first might still be on its way."""
+
+
 @runtime_checkable
 class Crowded(Protocol):
     """A backend whose executions leave something there that has few places."""
 
-    def make_room(self, now: datetime, recorded: Callable[[Sequence[str]], Collection[str]]) -> int:
-        """Remove what finished executions have left, sooner than `clean` does where places are few.
+    def make_room(
+        self, now: datetime, recorded: Callable[[Sequence[str]], Mapping[str, Recorded]]
+    ) -> int:
+        """Remove what finished executions have left, the sooner the fewer places there are.
 
         Called every few seconds, so it makes no call where there is nothing to remove. `recorded`
-        names those of some keys that nobody will ask for or launch again: their end is written.
+        tells what is recorded of keys, those that it knows: what a live one has left is still to
+        be read, also after an outage of all workers.
 
         Returns how many were removed.
 

@@ -223,7 +223,7 @@ class Sweeper:
         if not isinstance(place.backend, Crowded):
             return 0
         try:
-            return place.backend.make_room(self._store.now(), self._store.recorded_keys)
+            return place.backend.make_room(self._store.now(), self._store.recorded)
         except Unavailable as error:
             log.info("no room made", target=place.target.name, why=str(error))
             return 0

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Final
 
 from dispatcher import schema
+from dispatcher.backends.base import Recorded
 from dispatcher.states import CancelKind
 from dispatcher.store.base import EXECUTION_COLUMNS, LIVE, BaseStore
 from dispatcher.store.rows import (
@@ -258,21 +259,18 @@ class FollowStore(BaseStore):
             )
             return {row[0]: (row[1], row[2], row[3]) for row in rows}
 
-    def recorded_keys(self, keys: Sequence[str]) -> set[str]:
-        """Say which of these keys are done with: one call was made, and its end is recorded.
-
-        With a second call, the first one's might still be on its way.
-        """
+    def recorded(self, keys: Sequence[str]) -> dict[str, Recorded]:
+        """Say of those of these keys that are known whether their end is, and their calls."""
         with self.transaction() as tx:
             rows = self.run(
                 tx,
                 """
-                SELECT key FROM dispatcher.execution
-                WHERE key = ANY(:keys) AND state = 'ended' AND calls <= 1
+                SELECT key, bool_and(state = 'ended'), sum(calls)::int
+                FROM dispatcher.execution WHERE key = ANY(:keys) GROUP BY key
                 """,
                 keys=list(keys),
             )
-            return {row[0] for row in rows}
+            return {row[0]: Recorded(row[1], row[2]) for row in rows}
 
     def follow_winner(self, key: str, old: str, new: str, reason: str) -> bool:
         """Change the handle of a launched execution to that of the one which claimed its key."""

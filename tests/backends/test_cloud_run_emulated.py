@@ -25,6 +25,7 @@ from dispatcher.backends.base import (
     LaunchRequest,
     Meter,
     Phase,
+    Recorded,
     Rejected,
     Report,
     TaskInput,
@@ -410,7 +411,7 @@ def test_every_call_but_launches_is_paid_for_before(cloud: Cloud, transport: str
     list(backend.strays("inst1", datetime.now(UTC) - timedelta(hours=1)))
     backend.cancel(one)
     list(backend.logs(one, 0, 3))
-    backend.clean(datetime.now(UTC))
+    backend.make_room(datetime.now(UTC), lambda _: {})
     backend.definition(CloudRunOptions(job="etl"))
     calls = cloud.calls
     reads = sum(calls[name] for name in (LIST, GET, TASKS, "Jobs.GetJob", "Jobs.ListJobs"))
@@ -740,15 +741,18 @@ def test_many_strict_executions_are_polled_with_one_list(cloud: Cloud) -> None:
 
 def test_strict_jobs_are_deleted_some_time_after_their_end(cloud: Cloud) -> None:
     backend = cloud.backend(keep="1h")
-    old = backend.launch(request(options=STRICT)).handle
+    old = backend.launch(request(key="d-b-ended", options=STRICT)).handle
     ended(backend, old)
     cloud.script = lambda _start: LONG
     backend.launch(request(options=STRICT))
     now = datetime.now(UTC)
-    assert backend.clean(now) == 0
-    assert cloud.backend(keep="1h").clean(now + timedelta(hours=2)) == 0, "they may be another's"
-    assert backend.clean(now + timedelta(hours=2)) == 1
-    assert backend.clean(now + timedelta(hours=2)) == 0
+    live = {"d-b-ended": Recorded(ended=False, calls=1)}
+    later, other = now + timedelta(hours=2), cloud.backend(keep="1h")
+    assert backend.make_room(now, lambda _: {}) == 0
+    assert other.make_room(later, lambda _: {}) == 0, "they may be another's"
+    assert backend.make_room(later, lambda _: live) == 0, "how it ended is still to be read"
+    assert backend.make_room(later, lambda _: {}) == 1
+    assert backend.make_room(later, lambda _: {}) == 0
     assert cloud.calls["Jobs.DeleteJob"] == 1
 
 

@@ -440,7 +440,7 @@ def test_a_worker_that_has_not_counted_the_jobs_holds_no_launch_back(
     backend = cloud.backend(max_jobs=2)
     for _ in range(4):
         assert backend.launch(request(options={"mode": "strict"})).handle
-    assert backend.make_room(datetime.now(UTC), lambda _: ()) == 0
+    assert backend.make_room(datetime.now(UTC), lambda _: {}) == 0
     with pytest.raises(Unavailable, match="holds 5 Cloud Run jobs and may hold 2") as caught:
         backend.launch(request(options={"mode": "strict"}))
     assert caught.value.not_started

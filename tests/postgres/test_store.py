@@ -88,6 +88,7 @@ def test_a_broad_life_moves_along_the_edges_only_and_along_nearly_all_of_them(
         ("chunk", "launching", "cancelled"),
         ("chunk", "launching", "split"),
         ("chunk", "running", "split"),
+        ("chunk", "pending", "split"),
         ("chunk", None, "succeeded"),
         ("execution", "unknown", "ended"),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from threading import Lock
 from typing import Any, ClassVar, Final, Literal
@@ -22,6 +22,7 @@ from dispatcher.backends.base import (
     Launched,
     LaunchRequest,
     Meter,
+    Recorded,
     Rejected,
     Remark,
     Report,
@@ -370,18 +371,17 @@ class CloudRunBackend:
             self.settings, self._clients, self._meter, handle, task_index, tail
         )
 
-    def clean(self, now: datetime) -> int:
-        """Delete jobs of mode `strict` whose execution ended longer than `keep` ago.
+    def clean(self, now: datetime) -> int:  # noqa: ARG002 - of the protocol
+        """Do nothing: `make_room` deletes the jobs of launches.
 
         Executions of shared jobs are left to Cloud Run, which keeps the newest 1,000 [D].
-
-        Raises:
-            Unavailable: ask again later.
         """
-        return self._own_jobs.clean(now - self.settings.keep)
+        return 0
 
-    def make_room(self, now: datetime, recorded: Callable[[Sequence[str]], Collection[str]]) -> int:
-        """Delete jobs of mode `strict` before `keep` is over, where the region's places get short.
+    def make_room(
+        self, now: datetime, recorded: Callable[[Sequence[str]], Mapping[str, Recorded]]
+    ) -> int:
+        """Delete jobs of mode `strict` after `keep`; sooner where the region's places get short.
 
         Raises:
             Unavailable: ask again later.

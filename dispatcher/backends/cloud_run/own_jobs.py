@@ -8,7 +8,7 @@ those go at once whose end is recorded. Where all are taken, launches wait.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from threading import Lock
@@ -17,7 +17,7 @@ from typing import Any, Final
 from google.api_core import exceptions as api
 from google.cloud import run_v2
 
-from dispatcher.backends.base import Meter, Unavailable
+from dispatcher.backends.base import Meter, Recorded, Unavailable
 from dispatcher.backends.cloud_run import outcomes
 from dispatcher.backends.cloud_run.clients import Clients, RunClients
 from dispatcher.backends.cloud_run.failures import CLIENT_ERRORS, at_read, calling
@@ -43,6 +43,9 @@ lists; what others launch is refused by Cloud Run itself, for now, where the reg
 
 WAIT: Final = timedelta(seconds=10)
 """How long launches wait where the region is full, before they look again."""
+
+UNKNOWN: Final = Recorded(ended=True, calls=2)
+"""A key of another database, or of one that has forgotten it: nobody will read how it ended."""
 
 MOST_DELETED: Final = 100
 """Jobs that one round removes: the budget of writes is less, but for large quotas."""
@@ -111,22 +114,13 @@ class OwnJobs:
         with self._lock:
             self._held = max(0, self._held - 1)
 
-    def clean(self, before: datetime) -> int:
-        """Delete those whose execution ended before this, as far as the budget goes.
-
-        Raises:
-            Unavailable: ask again later.
-        """
-        clients = self._ready()
-        self._list(clients)
-        return self._delete(clients, self._old(before))
-
     def make_room(
-        self, before: datetime, recorded: Callable[[Sequence[str]], Collection[str]]
+        self, before: datetime, recorded: Callable[[Sequence[str]], Mapping[str, Recorded]]
     ) -> int:
-        """Delete what `clean` does, and where places are short all others whose end is recorded.
+        """Delete those that ended before this, and where places are short also later ones.
 
-        Makes no call where there are none.
+        None is deleted of which it is still to be read how it ended; and for short places none of
+        which a second call might still come. Makes no call where there are none of ours.
 
         Raises:
             Unavailable: ask again later.
@@ -141,25 +135,24 @@ class OwnJobs:
         clients = self._ready()
         if wanted:
             self._list(clients)
-        removed = self._delete(clients, self._old(before))
         with self._lock:
-            short, over = self._is_short(), tuple(self._over)
-        if short and over:
-            told = recorded([one.key for one in over])
-            spare = (one for one in over if one.key in told)
-            removed += self._delete(clients, spare, while_short=True)
-        return removed
+            over, short = tuple(self._over), self._is_short()
+        if not short:
+            over = tuple(one for one in over if one.ended < before)
+        if not over:
+            return 0
+        told = recorded([one.key for one in over])
+        ended = [one for one in over if told.get(one.key, UNKNOWN).ended]
+        old = [one for one in ended if one.ended < before]
+        spare = [one for one in ended if one not in old and told.get(one.key, UNKNOWN).calls <= 1]
+        removed = self._delete(clients, old)
+        return removed + self._delete(clients, spare, while_short=True)
 
     def _is_short(self) -> bool:
         return self._held > self._settings.max_jobs // 2
 
-    def _old(self, before: datetime) -> Iterator[_Over]:
-        with self._lock:
-            over = tuple(self._over)
-        return (one for one in over if one.ended < before)
-
     def _delete(
-        self, clients: RunClients, over: Iterator[_Over], *, while_short: bool = False
+        self, clients: RunClients, over: Iterable[_Over], *, while_short: bool = False
     ) -> int:
         """Delete jobs; what the budget does not allow is left for the next time.
 
