@@ -470,7 +470,7 @@ class Launcher:
             self._store.looked(row.id, delay)
         elif row.cancel_kind is not None or row.calls >= MOST_CALLS:
             self._give_up(place, row, missing=-left, delay=delay)
-        elif self.calls_allowed(place, 1):
+        elif self.calls_allowed(place, 1, refused=False):
             self._repeat(place, row, call, "not found by its key")
         else:
             self._store.postpone_look(row.id, WAIT_TO_CALL)  # it may be found until then
@@ -501,11 +501,18 @@ class Launcher:
             )
         self._settler.settle(place, [Ending(row.id, final=True, rest=rest, call=row.calls)])
 
-    def calls_allowed(self, place: Place, wanted: int) -> int:
-        """Say how many calls may be made again now, and take their tokens from the bucket."""
+    def calls_allowed(self, place: Place, wanted: int, *, refused: bool = True) -> int:
+        """Say how many calls may be made again now, and take their tokens from the bucket.
+
+        A call that was `refused` for now waits as long as the target does. One whose answer was
+        lost has had a wait of its own, and waits with others only where the provider asks for it:
+        else each answer that gets lost would hold up all that were lost before.
+        """
         with self._store.transaction() as tx:
             row = self._store.lock_target(tx, place.target.name)
-            if row is None or (row.resumes_in or 0.0) > 0.0:
+            if row is None:
+                return 0
+            if (row.resumes_in or 0.0) > 0.0 and (refused or not row.down_calls):
                 return 0
             tokens = self._tokens(tx, place.target)
             if tokens is None:

@@ -234,6 +234,28 @@ def test_what_cannot_be_launched_twice_safely_is_looked_for_twice(
     assert bench.finish(batch).state == "succeeded"
 
 
+def test_a_lost_call_is_made_again_though_other_answers_get_lost(
+    make_bench: Callable[..., Bench],
+) -> None:
+    """It had its own wait; only a provider that asks for one may keep it waiting longer."""
+    bench = make_bench(settings={"relaunch_safe": False})
+    bench.enqueue([1])
+    bench.plan()
+    die_before_the_call(bench)
+    bench.advance(600)
+    bench.follow()
+    bench.advance(2)
+    place = bench.engine.places[HERE]
+    bench.store.hold_launches(HERE, 60.0)
+    bench.follow()
+    assert bench.world.calls["launch"] == 0, "the provider asked all to wait"
+    bench.advance(60)
+    place.went_down("the answer was lost", resume_in=60.0)
+    bench.advance(2)
+    bench.follow()
+    assert bench.world.calls["launch"] == 1
+
+
 def test_a_find_that_fails_is_no_look(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(settings={"relaunch_safe": False})
     bench.enqueue([1])
