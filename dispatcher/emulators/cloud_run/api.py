@@ -105,9 +105,8 @@ def _run_job(world: World, request: Any) -> Any:
 
 def _test_permissions(world: World, request: Any) -> Any:
     world.get_job(request.resource)
-    allowed = world.permissions
     return m.TestIamPermissionsResponse(
-        permissions=[one for one in request.permissions if allowed is None or one in allowed]
+        permissions=[one for one in request.permissions if world.permits(one, request.resource)]
     )
 
 

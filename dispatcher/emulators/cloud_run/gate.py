@@ -129,15 +129,12 @@ class Gate:
 
     def _permit(self, method: Method, request: Any) -> None:
         """Check what the caller may do (clouds.md §3)."""
-        allowed = self._world.permissions
-        if allowed is None:
-            return
         needed = [method.permission] if method.permission else []
         if method.rpc == "RunJob" and request.overrides.ByteSize():
             needed.append("run.jobs.runWithOverrides")
         subject = method.subject(request)
         for permission in needed:
-            if permission not in allowed:
+            if not self._world.permits(permission, subject):
                 raise Refused(
                     Code.PERMISSION_DENIED,
                     f"Permission '{permission}' denied on resource '{subject}' (or resource may "

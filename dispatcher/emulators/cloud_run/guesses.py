@@ -66,5 +66,7 @@ GUESSES: Final[Mapping[str, str]] = {
     "operation_error": "The operation of an execution that did not succeed ends with the error "
     "ABORTED and the message of its Completed condition.",
     "job_operations": "The operations of CreateJob, UpdateJob and DeleteJob are done at once.",
+    "grants_on_jobs": "A grant on a job holds for its executions and tasks, and TestIamPermissions "
+    "of a job answers for these too. Lists over all jobs need a grant on the project.",
     "first_container": "Only the first container of a job is run; sidecars are kept, and ignored.",
 }

@@ -52,7 +52,9 @@ class World:
     """Everything that exists in the emulated cloud.
 
     Attributes:
-        permissions: what the caller may do, such as `run.jobs.run`; None for everything.
+        permissions: what the caller may do in the project, such as `run.jobs.run`; None for
+            everything.
+        permissions_on: what it may do besides with single jobs, by their full names.
         authenticated: whether the caller's credentials are right.
         executed: every execution there ever was, in order, those that were deleted included.
         clock: seconds since 1970, as the world sees it.
@@ -66,6 +68,7 @@ class World:
         self.faults = faults
         self.clock = clock
         self.permissions: frozenset[str] | None = None
+        self.permissions_on: dict[str, frozenset[str]] = {}
         self.authenticated = True
         self.executed: list[ExecutionRecord] = []
         self.lock = threading.RLock()
@@ -143,6 +146,17 @@ class World:
         )
         self.update_job(message, allow_missing=True)
         return str(message.name)
+
+    def permits(self, permission: str, subject: str) -> bool:
+        """Whether the caller may do that with what this names, by grants on it or above it.
+
+        A grant on a job holds for its executions and tasks, and never for lists of all jobs'
+        (`jobs/-`), which is a guess: see `grants_on_jobs`.
+        """
+        if self.permissions is None or permission in self.permissions:
+            return True
+        job = "/".join(subject.split("/")[:6])
+        return permission in self.permissions_on.get(job, frozenset())
 
     def advance(self, seconds: float) -> None:
         """Move the time on, for scripts that take hours."""
