@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import grpc
 import pytest
@@ -225,6 +225,8 @@ class Cloud:
             "DISPATCHER_DATABASE_URL": self.database_url,
             "DISPATCHER_JOBS": str(self.jobs),
         }
+        if self.storage is not None:
+            environment["DISPATCHER_STORAGE_URL"] = self.storage.url
         ran = CliRunner(env=environment).invoke(app, ["check", "--json"])
         assert "Traceback" not in ran.output
         found = [one for one in json.loads(ran.stdout)["checks"] if one["name"].startswith("job ")]
@@ -603,7 +605,7 @@ class Bad(NamedTuple):
 
     name: str
     checked: str
-    """What `dispatcher check` says of it."""
+    """What `dispatcher check` says of it, in a line of `level`."""
 
     told: str
     """What the outcome says."""
@@ -616,6 +618,8 @@ class Bad(NamedTuple):
 
     item: str = "x"
     storage: bool = True
+    level: Literal["warn", "fail"] = "fail"
+    """What may work for some inputs is warned of."""
 
 
 def forbid(world: World) -> None:
@@ -636,7 +640,7 @@ BAD: Final = (
         {"options": {"job": "no-such-job"}},
     ),
     Bad("no permission", "run.jobs.runWithOverrides", "403 Permission", spoil=forbid, calls=1),
-    Bad("image missing", "not ready", "gone", definition={"image": "gone"}, calls=1),
+    Bad("image missing", "job etl is not ready", "gone", definition={"image": "gone"}, calls=1),
     Bad(
         "wrong env name",
         "`env` sets CLOUD_RUN_REGION, which is Cloud Run's own",
@@ -645,11 +649,12 @@ BAD: Final = (
     ),
     Bad(
         "too large",
-        "needs DISPATCHER_STORAGE_URL",
+        "an input of more than 24,576 bytes an execution is rejected, as there is no storage",
         "set DISPATCHER_STORAGE_URL for the workers",
         {"options": {"job": "etl", "max_tasks": 3}},
         item="x" * 20_000,
         storage=False,
+        level="warn",
     ),
     Bad(
         "timeout over the limit",
@@ -663,6 +668,14 @@ BAD: Final = (
         "has parallelism 5 and this execution has 3 tasks",
         {"options": {"job": "etl", "max_tasks": 10}},
         {"parallelism": 5},
+        level="warn",
+    ),
+    Bad(
+        "packs under the job's parallelism",
+        "than that, such as the last one of a batch, or a retry, and options.max_tasks is 3",
+        "has parallelism 5 and this execution has 3 tasks",
+        {"options": {"job": "etl", "max_tasks": 3}},
+        {"parallelism": 5},
     ),
     Bad("wrong credentials", "401 ", "401 ", spoil=sign_out, calls=1),
 )
@@ -674,9 +687,10 @@ def test_bad_input_is_told_at_the_check_and_rejected_once_in_the_providers_words
 ) -> None:
     cloud = make_cloud(jobs={"etl": bad.job}, definition=bad.definition, storage=bad.storage)
     bad.spoil(cloud.world)
-    code, checked = cloud.check()
-    assert code == 1
-    assert bad.checked in checked
+    _, checked = cloud.check()
+    (line,) = (one for one in checked.splitlines() if bad.checked in one)
+    assert line.startswith(f"{bad.level}: ")
+    assert "can run on target cloud" not in checked
     before = cloud.launches
     batch = cloud.dispatcher.enqueue("etl", [f"{bad.item}{number}" for number in range(3)])
     ended = cloud.finish(batch)
@@ -687,6 +701,15 @@ def test_bad_input_is_told_at_the_check_and_rejected_once_in_the_providers_words
     assert all(bad.told in (chunk.attempts[0].reason or "") for chunk in cloud.chunks(batch))
     assert cloud.launches - before == bad.calls
     assert cloud.world.executed == []
+
+
+def test_a_job_that_is_well_has_no_line_of_the_check_against_it(make_cloud: MakeCloud) -> None:
+    """So that a line against a bad one is for what is bad, and not for the harness."""
+    packed = {"options": {"job": "etl", "max_tasks": 10}}
+    cloud = make_cloud(jobs={"etl": packed})
+    _, checked = cloud.check()
+    assert [one for one in checked.splitlines() if not one.startswith("ok: ")] == []
+    assert "ok: can run on target cloud" in checked
 
 
 def test_an_outage_of_ten_minutes_is_asked_after_seldom_and_costs_nothing(
