@@ -279,7 +279,7 @@ def _stored(
         elif need is not None and not own:
             text = f"{need}, and there is no storage"
             yield Remark("warn", text, "set DISPATCHER_STORAGE_URL, to a place that they can reach")
-        elif _needs_documents(job, backend):
+        elif _packs(job, backend):
             text = (
                 f"an input of more than {backend.limits.inline_bytes:,} bytes an execution is "
                 "rejected, as there is no storage"
@@ -301,10 +301,9 @@ def _stored(
         )
 
 
-def _needs_documents(job: Job, backend: Backend) -> bool:
-    """Whether executions of a job get their input as a document, by reference if it is large."""
-    packs = (job.options.get("max_tasks") or 1) > 1 or bool(job.options.get("wrapped"))
-    return packs and not backend.limits.per_task_env
+def _packs(job: Job, backend: Backend) -> bool:
+    """Whether executions of a job get a document with the inputs of all their chunks."""
+    return (job.options.get("max_tasks") or 1) > 1 and not backend.limits.per_task_env
 
 
 def _signing(storage_url: str) -> Iterator[Remark]:

@@ -528,14 +528,27 @@ def test_tasks_that_the_platform_killed_are_told_by_their_signal(cloud: Cloud) -
     assert (task.outcome, task.exit_code) == (Outcome.FAILED, 137)
 
 
-def test_memory_and_images_have_outcomes_of_their_own(cloud: Cloud) -> None:
+@pytest.mark.parametrize(
+    ("end", "outcome", "said"),
+    [
+        (TaskEnd(out_of_memory=True), Outcome.OUT_OF_MEMORY, "Memory limit of 512Mi exceeded"),
+        (
+            TaskEnd(problem="Image 'gone' not found.", missing_image=True),
+            Outcome.REJECTED,
+            "Image 'gone' not found.",
+        ),
+        (TaskEnd(problem="the machine broke"), Outcome.LOST, "the machine broke"),
+    ],
+    ids=["memory", "image", "internal"],
+)
+def test_memory_images_and_internal_errors_have_outcomes_of_their_own(
+    cloud: Cloud, end: TaskEnd, outcome: Outcome, said: str
+) -> None:
     backend = cloud.backend()
-    cloud.script = lambda _start: TaskEnd(out_of_memory=True)
+    cloud.script = lambda _start: end
     (task,) = ended(backend, backend.launch(request()).handle).tasks
-    assert task.outcome is Outcome.OUT_OF_MEMORY
-    cloud.script = lambda _start: TaskEnd(problem="no such image")
-    (task,) = ended(backend, backend.launch(request()).handle).tasks
-    assert task.outcome in (Outcome.REJECTED, Outcome.START_FAILED, Outcome.LOST)
+    assert task.outcome is outcome
+    assert said in (task.reason or "")
 
 
 def test_a_cancelled_execution_keeps_what_succeeded_before(cloud: Cloud) -> None:

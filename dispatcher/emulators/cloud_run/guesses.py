@@ -31,6 +31,8 @@ GUESSES: Final[Mapping[str, str]] = {
     "INVALID_ARGUMENT, as users reported in 2023; the code and the words are guessed.",
     "not_ready_job": "RunJob of a job that is not ready, such as one whose image is missing, is "
     "refused with FAILED_PRECONDITION.",
+    "overrides_in_lists": "ListExecutions shows in an execution's template the variables and args "
+    "that its launch gave over the job's, and not the job's own.",
     "failed_task_stops_nothing": "A task that failed for good does not stop the other tasks; the "
     "execution ends when each has ended.",
     "retry_at_once": "A failed attempt is followed by the next one at once, before tasks that "
