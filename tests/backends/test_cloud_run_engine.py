@@ -43,6 +43,7 @@ from dispatcher.emulators.cloud_run import (
     World,
 )
 from dispatcher.emulators.cloud_run.faults import outage, slow_cancel
+from dispatcher.emulators.cloud_run.gate import Call
 from dispatcher.engine import Engine
 from dispatcher.engine.metering import TargetMeter
 from dispatcher.explaining import explain
@@ -50,6 +51,7 @@ from dispatcher.queries import Chunk
 from dispatcher.states import ChunkState
 from dispatcher.storage import Storage
 from dispatcher.store import Store
+from workers.clock import STRAYS_EVERY
 
 JOB: Final = "projects/project-1/locations/europe-west1/jobs/etl"
 NOW: Final = "public.site_now()"
@@ -113,6 +115,8 @@ class Cloud:
         self.database_url = database_url
         self.storage = Storage(f"file://{folder}/store") if storage else None
         self.ahead = 0.0
+        self._scanned = -math.inf
+        self._of_scans: list[Call] = []
         self._closing = ExitStack()
         self.database = self._connect()
         with self.database.begin() as tx:
@@ -168,9 +172,13 @@ class Cloud:
         self.emulator.world.timetable.run_due()
 
     def turn(self, seconds: float = 0.0) -> None:
-        """One turn of each worker's clock, after some time."""
+        """One turn of each worker's clock, after some time; the leader scans for strays."""
         if seconds:
             self.advance(seconds)
+        if self.monotonic() - self._scanned >= STRAYS_EVERY:
+            self._scanned, before = self.monotonic(), len(self.emulator.history)
+            self.engines[0].sweep_strays("cloud")
+            self._of_scans += list(self.emulator.history)[before:]
         for engine in self.engines:
             for batch_id in engine.sweep():
                 engine.plan(batch_id)
@@ -257,8 +265,17 @@ class Cloud:
         return self.emulator.calls["Jobs.RunJob"]
 
     def reads(self) -> list[float]:
-        """When executions were read: their lists' pages and single ones."""
-        return [call.at for call in self.emulator.history if call.method in READS]
+        """When executions were read, but for scans: their lists' pages and single ones."""
+        scans = set(map(id, self._of_scans))
+        return [
+            call.at
+            for call in self.emulator.history
+            if call.method in READS and id(call) not in scans
+        ]
+
+    def scan_reads(self) -> list[float]:
+        """When scans for strays read a page."""
+        return [call.at for call in self._of_scans if call.method in READS]
 
 
 def attempts_of(chunk: Chunk) -> list[str | None]:
@@ -347,14 +364,15 @@ def test_ten_thousand_chunks_are_one_launch_and_their_failures_one_more(
     cloud.turn()
     assert cloud.launches == 1, "ten thousand chunks, one call"
     ended = cloud.finish(batch, step=2.5, within=900)
-    passed, reads = cloud.monotonic() - began, cloud.reads()
-    figures(passed=passed, reads=len(reads), calls=dict(cloud.emulator.calls))
+    passed, reads, scans = cloud.monotonic() - began, cloud.reads(), cloud.scan_reads()
+    figures(passed=passed, reads=len(reads), scans=len(scans), calls=dict(cloud.emulator.calls))
     assert (ended.state, ended.counts) == ("succeeded", {"succeeded": 10_000})
     assert Counter(map(len, cloud.outcomes(batch))) == {1: 9_900, 2: 100}
     assert [execution.task_count for execution in cloud.world.executed] == [10_000, 100]
     assert cloud.launches == 2
     assert len(reads) <= passed / 5
     assert most_within(reads, 4.9) == 1
+    assert 2 <= len(scans) <= passed / STRAYS_EVERY + 1, "one page each: there are two executions"
 
 
 @pytest.mark.long
@@ -389,8 +407,10 @@ def test_a_straggler_of_an_hour_holds_up_nobody_and_its_lost_record_costs_one_ch
     assert [execution.task_count for execution in cloud.world.executed] == [10_000, 1]
     passed = cloud.monotonic() - began
     reads, pages = cloud.reads(), cloud.emulator.calls["Tasks.ListTasks"]
+    scans = cloud.scan_reads()
     assert most_within(reads, 4.9) == 1
-    figures(late=late, passed=passed, reads=len(reads), task_pages=pages)
+    assert 2 <= len(scans) <= passed / STRAYS_EVERY + 1
+    figures(late=late, passed=passed, reads=len(reads), scans=len(scans), task_pages=pages)
 
 
 def test_three_hundred_executions_are_followed_with_three_reads_in_five_seconds(
@@ -402,8 +422,14 @@ def test_three_hundred_executions_are_followed_with_three_reads_in_five_seconds(
     assert cloud.launches == 300
     began = cloud.monotonic()
     assert cloud.finish(batch, step=0.5).state == "succeeded"
-    passed, reads = cloud.monotonic() - began, cloud.reads()
-    figures(passed=passed, reads=len(reads), in_five_seconds=most_within(reads, 4.9))
+    passed, reads, scans = cloud.monotonic() - began, cloud.reads(), cloud.scan_reads()
+    figures(
+        passed=passed,
+        reads=len(reads),
+        in_five_seconds=most_within(reads, 4.9),
+        scans=len(scans),
+    )
+    assert 2 <= len(scans) <= 2 * (passed / STRAYS_EVERY + 1), "what is new, and a page more"
     assert len(reads) <= 3 * (passed / 5 + 1)
     assert most_within(reads, 4.9) <= 3
     assert cloud.emulator.calls["Tasks.ListTasks"] == 0, "a single success needs no list of tasks"
@@ -588,7 +614,8 @@ def test_two_workers_share_one_budget_of_reads(make_cloud: MakeCloud) -> None:
     cloud.turn()
     began = cloud.monotonic()
     assert cloud.finish(batch).state == "succeeded"
-    minutes, reads = (cloud.monotonic() - began) / 60, cloud.reads()
+    minutes = (cloud.monotonic() - began) / 60
+    reads = sorted(cloud.reads() + cloud.scan_reads())
     assert not cloud.emulator.refused
     most = most_within(reads, 60)
     figures(minutes=minutes, reads=len(reads), in_a_minute=most)
