@@ -17,6 +17,8 @@ from dispatcher.emulators.cloud_run import Code, EmulatorOptions
 from dispatcher.emulators.cloud_run.faults import (
     CONSTRUCTORS,
     Fault,
+    Faults,
+    Kind,
     clock_skew,
     fail_tasks,
     forget,
@@ -187,6 +189,20 @@ def test_a_skewed_clock_shows_in_every_time(opened: Open) -> None:
         assert (execution.create_time - earlier.create_time).total_seconds() == 3600
         assert (execution.completion_time - earlier.completion_time).total_seconds() == 3600
     assert cloud.executions.get_execution(name=execution.name).create_time == execution.create_time
+
+
+def test_with_a_seed_the_same_calls_are_struck_however_they_come() -> None:
+    """Calls of other faults, which come in any order, take nothing from a fault's own draws."""
+
+    def struck(order: str) -> list[bool]:
+        faults = Faults(lambda: 0.0, seed=4)
+        faults.add(refuse(share=0.5), kill_tasks(share=0.5))
+        kinds = {"r": Kind.REFUSE, "k": Kind.KILL_TASKS}
+        hits = [(one, faults.strike(kinds[one], "Jobs.RunJob") is not None) for one in order]
+        return [hit for one, hit in hits if one == "r"]
+
+    assert struck("r" * 40) == struck("rk" * 40) == struck("k" * 40 + "r" * 40)
+    assert {*struck("r" * 40)} == {True, False}
 
 
 def test_every_fault_can_be_written_in_a_file(tmp_path: Path) -> None:
