@@ -12,7 +12,7 @@ from google.api_core import exceptions
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import run_v2
 
-from dispatcher.emulators.cloud_run import GUESSES, EmulatorOptions, ScriptRunner
+from dispatcher.emulators.cloud_run import GUESSES, EmulatorOptions, Refused, ScriptRunner
 from dispatcher.emulators.cloud_run.faults import refuse
 
 Open = Callable[..., Cloud]
@@ -138,6 +138,24 @@ def test_an_etag_that_has_changed_is_refused(opened: Open) -> None:
     with pytest.raises(exceptions.Conflict):
         cloud.jobs.run_job(run_v2.RunJobRequest(name=JOB, etag=old))
     assert cloud.jobs.get_job(name=JOB).etag != old
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"memory": "640Gi", "cpu": "8"}, "'640Gi' is more than 32Gi, the most there is"),
+        ({"memory": "5Gi"}, "'5Gi' is more than 4Gi, the most for 1 cpu"),
+        ({"memory": "9Gi", "cpu": "2000m"}, "'9Gi' is more than 8Gi, the most for 2000m cpu"),
+    ],
+)
+def test_more_memory_than_the_documents_allow_is_refused(
+    opened: Open, limits: dict[str, str], said: str
+) -> None:
+    cloud = opened()
+    with pytest.raises(Refused, match=said) as refused:
+        cloud.emulator.world.define("p", "r", "large", limits=limits)
+    assert "configuring/jobs/memory-limits" in str(refused.value)
+    cloud.emulator.world.define("p", "r", "large", limits={"memory": "32Gi", "cpu": "8"})
 
 
 # --- who may --------------------------------------------------------------------------------------

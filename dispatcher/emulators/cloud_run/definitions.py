@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from dispatcher.backends.cloud_run.names import RESERVED_NAMES, RESERVED_PREFIXES
 from dispatcher.emulators.cloud_run.messages import Job, TaskTemplate, seconds_of, set_seconds
-from dispatcher.emulators.cloud_run.quantities import DEFAULT_MEMORY, amount
+from dispatcher.emulators.cloud_run.quantities import DEFAULT_CPU, DEFAULT_MEMORY, amount
 from dispatcher.emulators.cloud_run.refusal import Code, Refused
 
 __all__ = [
@@ -49,6 +49,9 @@ MAX_NAME: Final = 63
 
 CPUS: Final = frozenset({"1", "2", "4", "8", "1000m", "2000m", "4000m", "8000m"})
 """vendor: ResourceRequirements.limits; clouds.md §1."""
+
+MOST_MEMORY: Final[Mapping[int, str]] = {1: "4Gi", 2: "8Gi", 4: "16Gi", 8: "32Gi"}
+"""Memory of a container at most, by its cpus (vendor: configuring/jobs/memory-limits)."""
 
 JOB_ID: Final = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 ENV_NAME: Final = re.compile(r"[^=\x00]+")
@@ -121,10 +124,20 @@ def _check_container(where: str, container: Any) -> None:
     if cpu is not None and cpu not in CPUS:
         raise _wrong(f"{where}.resources.limits.cpu: {cpu!r} must be one of 1, 2, 4, 8.")
     memory = container.resources.limits.get("memory", DEFAULT_MEMORY)
+    most = MOST_MEMORY[int(amount(cpu or DEFAULT_CPU))]
     try:
-        amount(memory)
+        is_too_much = amount(memory) > amount(most)
     except ValueError as error:
         raise _wrong(f"{where}.resources.limits.memory: {error}.") from error
+    if is_too_much:
+        largest = MOST_MEMORY[max(MOST_MEMORY)]
+        if amount(memory) > amount(largest):
+            most = largest
+        raise _wrong(
+            f"{where}.resources.limits.memory: {memory!r} is more than {most}, the most "
+            f"{'there is' if most == largest else f'for {cpu or DEFAULT_CPU} cpu'}; see "
+            "https://cloud.google.com/run/docs/configuring/jobs/memory-limits."
+        )
     _check_args(f"{where}.args", container.args)
     _check_env(f"{where}.env", container.env)
 

@@ -68,6 +68,8 @@ GUESSES: Final[Mapping[str, str]] = {
     "operation_error": "The operation of an execution that did not succeed ends with the error "
     "ABORTED and the message of its Completed condition.",
     "job_operations": "The operations of CreateJob, UpdateJob and DeleteJob are done at once.",
+    "little_memory": "Less memory than Google documents as the least, for a job or its cpus, is "
+    "taken, so that running out of it can be tried with little.",
     "grants_on_jobs": "A grant on a job holds for its executions and tasks, and TestIamPermissions "
     "of a job answers for these too. Lists over all jobs need a grant on the project.",
     "first_container": "Only the first container of a job is run; sidecars are kept, and ignored.",
