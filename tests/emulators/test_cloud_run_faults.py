@@ -22,6 +22,7 @@ from dispatcher.emulators.cloud_run.faults import (
     clock_skew,
     fail_tasks,
     forget,
+    forget_running,
     from_json,
     kill_tasks,
     lose_reply,
@@ -179,6 +180,26 @@ def test_a_record_that_was_there_can_vanish(opened: Open) -> None:
     eventually(lambda: [one for one in cloud.emulator.world.executed if one.deleted and one.done])
     with pytest.raises(exceptions.NotFound):
         cloud.executions.get_execution(name=other.name)
+
+
+def test_a_record_can_vanish_while_its_execution_runs_on(opened: Open, tmp_path: Path) -> None:
+    path = tmp_path / "faults.json"
+    path.write_text(json.dumps([{"fault": "forget_running", "seconds": 5, "times": 1}]))
+    assert from_json(path) == (forget_running(5, times=1),)
+    cloud = opened(script=lambda _: 60, faults=from_json(path))
+    execution, other = cloud.run(), cloud.run()
+    eventually(lambda: cloud.emulator.world.busy == 2)
+    assert cloud.executions.get_execution(name=execution.name).running_count == 1
+    cloud.emulator.world.advance(6)
+    (gone, _) = cloud.emulator.world.executed
+    eventually(lambda: gone.deleted)
+    assert (gone.done, cloud.emulator.world.busy) == (False, 2)
+    with pytest.raises(exceptions.NotFound):
+        cloud.executions.get_execution(name=execution.name)
+    assert [one.name for one in cloud.executions.list_executions(parent=JOB)] == [other.name]
+    cloud.emulator.world.advance(60)
+    eventually(lambda: gone.done)
+    assert cloud.finished(other).succeeded_count == 1
 
 
 def test_a_skewed_clock_shows_in_every_time(opened: Open) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "clock_skew",
     "fail_tasks",
     "forget",
+    "forget_running",
     "from_json",
     "kill_tasks",
     "lose_reply",
@@ -65,6 +66,9 @@ class Kind(StrEnum):
     FAIL_TASKS = "fail_tasks"
     FORGET = "forget"
     """The record of a completed execution vanishes."""
+
+    FORGET_RUNNING = "forget_running"
+    """The record of an execution vanishes while it runs; it runs on."""
 
     CLOCK_SKEW = "clock_skew"
     """Every time that is shown is off."""
@@ -237,6 +241,16 @@ def forget(
     return Fault(kind=Kind.FORGET, on=on, seconds=seconds, share=share, times=times)
 
 
+def forget_running(
+    seconds: float = 0.0, on: str = "*", *, share: float = 1.0, times: int | None = None
+) -> Fault:
+    """Lose the records of executions `seconds` after their launch, if they still run; they run on.
+
+    With 0 seconds the reply of the launch is all that is ever said of it.
+    """
+    return Fault(kind=Kind.FORGET_RUNNING, on=on, seconds=seconds, share=share, times=times)
+
+
 def clock_skew(seconds: float) -> Fault:
     """Shift every time that the API shows."""
     return Fault(kind=Kind.CLOCK_SKEW, seconds=seconds)
@@ -254,6 +268,7 @@ CONSTRUCTORS: Final[Mapping[str, Callable[..., Fault]]] = {
         kill_tasks,
         fail_tasks,
         forget,
+        forget_running,
         clock_skew,
     )
 }

@@ -383,6 +383,9 @@ class World:
             reference.completion_status = ExecutionReference.EXECUTION_RUNNING
             job.latest_created_execution.CopyFrom(reference)
             self._executor.launch(execution, now)
+            fault = self.faults.strike(Kind.FORGET_RUNNING, execution.job_id)
+            if fault is not None:
+                self.timetable.at(now + fault.seconds, lambda _: self._drop_running(execution))
         return execution
 
     def get_execution(self, name: str) -> Any:
@@ -461,6 +464,10 @@ class World:
         completed = self._completed_of.get(execution.job)
         if completed is not None and execution in completed:
             completed.remove(execution)
+
+    def _drop_running(self, execution: ExecutionRecord) -> None:
+        if not execution.done:
+            self._drop(execution)
 
     def _completed(self, execution: ExecutionRecord) -> None:
         """Note a completion; keep the newest ones of the job only (clouds.md §3)."""
