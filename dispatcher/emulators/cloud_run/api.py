@@ -111,6 +111,7 @@ def _test_permissions(world: World, request: Any) -> Any:
 
 
 def _lag(world: World, method: str) -> float:
+    """By how many seconds a list is behind (guess: lists_are_current)."""
     fault = world.faults.strike(Kind.STALE_LISTS, method)
     return fault.seconds if fault else 0.0
 
@@ -136,6 +137,7 @@ def _delete_execution(world: World, request: Any) -> Any:
 
 
 def _list_tasks(world: World, request: Any) -> Any:
+    """List the tasks of an execution (guess: task_order)."""
     lag = _lag(world, "Tasks.ListTasks")
     with world.lock:
         execution = world.execution(request.parent)

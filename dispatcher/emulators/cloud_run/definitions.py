@@ -78,7 +78,10 @@ def check_job_id(job_id: str) -> None:
 
 
 def check_token(job_id: str, token: str) -> None:
-    """Refuse a token of start_execution_token that is too long or cannot be in a name."""
+    """Refuse a token of start_execution_token that is too long or cannot be in a name.
+
+    The length: vendor: Job.start_execution_token; the letters are those of a name, RFC 1035.
+    """
     if len(job_id) + len(token) >= MAX_NAME:
         raise _wrong(
             f"job.start_execution_token: the name of the job and the token have "
@@ -92,7 +95,7 @@ def check_token(job_id: str, token: str) -> None:
 
 
 def check_job(job: Any) -> None:
-    """Refuse a job whose definition cannot be."""
+    """Refuse a job whose definition cannot be (vendor: Job, ExecutionTemplate, TaskTemplate)."""
     for label in job.labels:
         if label.partition("/")[0] in RESERVED_LABELS:
             raise _wrong(f"job.labels: {label!r} is in a reserved namespace.")
@@ -118,6 +121,7 @@ def check_job(job: Any) -> None:
 
 
 def _check_container(where: str, container: Any) -> None:
+    """Refuse a container that cannot be (vendor: Container; guess: little_memory)."""
     if not container.image:
         raise _wrong(f"{where}.image: required.")
     cpu = container.resources.limits.get("cpu")
@@ -143,11 +147,13 @@ def _check_container(where: str, container: Any) -> None:
 
 
 def _check_args(where: str, args: Any) -> None:
+    """Refuse too many arguments (clouds.md §2)."""
     if len(args) > MAX_ARGS:
         raise _wrong(f"{where}: {len(args)} arguments; at most {MAX_ARGS} are allowed.")
 
 
 def _check_env(where: str, env: Any) -> None:
+    """Refuse variables that cannot be (vendor: EnvVar; clouds.md §2; guess: reserved_env)."""
     if len(env) > MAX_ENV:
         raise _wrong(f"{where}: {len(env)} variables; at most {MAX_ENV} are allowed.")
     for one in env:
@@ -167,11 +173,13 @@ def _check_env(where: str, env: Any) -> None:
 
 
 def _check_task_count(where: str, count: int, *, unset: int) -> None:
+    """Refuse a number of tasks that is none or too large (clouds.md §3)."""
     if count != unset and not 1 <= count <= MAX_TASKS:
         raise _wrong(f"{where}: {count} must be between 1 and {MAX_TASKS}.")
 
 
 def _check_timeout(where: str, seconds: float) -> None:
+    """Refuse a timeout that is too short or too long (vendor: configuring/task-timeout)."""
     if not 1 <= seconds <= MAX_TIMEOUT:
         raise _wrong(f"{where}: {seconds:g}s must be between 1s and {MAX_TIMEOUT}s.")
 
@@ -241,6 +249,7 @@ def check_overrides(job: Any, overrides: Any) -> None:
 
 
 def _container_of(where: str, containers: Any, name: str) -> Any:
+    """Find what an override is for (vendor: ContainerOverride.name; guess: override_name)."""
     if not name:
         if len(containers) > 1:
             raise _wrong(f"{where}.name: required, as the job has {len(containers)} containers.")
@@ -273,6 +282,7 @@ def merge(job: Any, overrides: Any) -> tuple[Any, int]:
 
 
 def _merge_env(env: Any, changes: Iterable[Any]) -> None:
+    """Merge variables by name (clouds.md §3; guess: duplicate_env)."""
     places = {one.name: one for one in env}
     for change in changes:
         place = places.get(change.name)

@@ -1,8 +1,9 @@
 """What the vendor's documents leave open, and how this emulator fills it: one table.
 
 Every other rule names the document that it follows beside the code: `clouds.md` is the project's
-own collection of facts, "vendor" is Google's reference of the Cloud Run Admin API v2. The page
-"Cloud Run" of the documentation prints this table.
+own collection of facts, "vendor" is Google's reference of the Cloud Run Admin API v2. A guess is
+named there too, as "guess: " and its key. The page "Cloud Run" of the documentation prints this
+table.
 """
 
 from __future__ import annotations

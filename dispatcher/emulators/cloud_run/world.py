@@ -151,7 +151,7 @@ class World:
         """Whether the caller may do that with what this names, by grants on it or above it.
 
         A grant on a job holds for its executions and tasks, and never for lists of all jobs'
-        (`jobs/-`), which is a guess: see `grants_on_jobs`.
+        (`jobs/-`); guess: grants_on_jobs.
         """
         if self.permissions is None or permission in self.permissions:
             return True
@@ -225,6 +225,7 @@ class World:
                 job.latest_created_execution.CopyFrom(old.latest_created_execution)
         stamp(job.update_time, now)
         judge(job, self.runner, self.options.secrets, now)
+        # Of the name and of a second token: guess: execution_token_name.
         started = f"{name}/executions/{name.rpartition('/')[2]}-{token}"
         known = old is not None and token in (old.start_execution_token, old.run_execution_token)
         starts = token and not known and started not in self._executions and is_ready(job)
@@ -239,7 +240,7 @@ class World:
         return self._operations.finished(location_of(name), self._shown_job(job))
 
     def _check_place(self, location: str) -> None:
-        """Refuse one job too many (clouds.md §3)."""
+        """Refuse one job too many (clouds.md §3; guess: too_many_jobs)."""
         limit = self.options.max_jobs
         if limit is None:
             return
@@ -303,7 +304,10 @@ class World:
     def run_job(
         self, name: str, overrides: Any, *, etag: str = "", validate_only: bool = False
     ) -> Any:
-        """Start an execution; returns its operation, whose metadata is the execution."""
+        """Start an execution; returns its operation, whose metadata is the execution.
+
+        clouds.md §3; guess: run_keeps_etag, first_container.
+        """
         with self.lock:
             job = self._job(name)
             if etag and etag != job.etag:
@@ -325,7 +329,7 @@ class World:
             return operation_message(execution, self.faults.skew())
 
     def _check_room(self, location: str) -> None:
-        """Refuse one execution too many (clouds.md §3)."""
+        """Refuse one execution too many (clouds.md §3; guess: too_many_running)."""
         limit = self.options.max_running
         if limit is None:
             return
@@ -343,7 +347,7 @@ class World:
     ) -> ExecutionRecord:
         template, task_count = definitions.merge(job, overrides)
         if task_count < job.template.parallelism:
-            # googleapis/google-cloud-node#4908: a run with fewer tasks than that is refused.
+            # googleapis/google-cloud-node#4908; guess: tasks_under_parallelism
             raise Refused(
                 Code.INVALID_ARGUMENT,
                 f"Violation in RunJobRequest.overrides.task_count: {task_count} must be at least "
@@ -425,7 +429,10 @@ class World:
             return execution_message(execution, snapshot, self.faults.skew())
 
     def cancel_execution(self, name: str, *, etag: str = "", validate_only: bool = False) -> Any:
-        """Begin to stop an execution; returns its operation."""
+        """Begin to stop an execution; returns its operation.
+
+        clouds.md §3; guess: cancel_too_late.
+        """
         with self.lock:
             execution = self._execution(name, etag)
             if execution.done:
@@ -443,7 +450,7 @@ class World:
             execution = self._execution(name, etag)
             now = self.clock()
             if not validate_only:
-                self._executor.stop_all(execution, Stop.KILL, now)
+                self._executor.stop_all(execution, Stop.KILL, now)  # guess: delete_running
                 self._drop(execution)
             shown = type(execution_message(execution))()
             shown.CopyFrom(execution_message(execution, skew=self.faults.skew()))
