@@ -917,14 +917,6 @@ def test_check_tries_what_a_mode_that_makes_jobs_needs_in_the_project(
     assert "roles/run.developer on the project" in (remark.todo or "")
 
 
-def test_check_warns_of_retries_that_make_a_job_and_may_not(cloud: Cloud) -> None:
-    cloud.emulator.world.define(PROJECT, REGION, "etl", parallelism=4, task_count=4)
-    permit(cloud, FOLLOWING | (MAKING - {"run.jobs.create"}), ON_JOB)
-    found = remarks(cloud.backend(), max_tasks=4)
-    assert set(found.values()) == {"warn"}
-    assert any("retries of fewer tasks" in text and "creating one" in text for text in found)
-
-
 def test_check_names_what_is_missing_where_all_is(cloud: Cloud) -> None:
     backend, world = cloud.backend(), cloud.emulator.world
     world.permissions = frozenset({"run.jobs.get", "run.jobs.run"})

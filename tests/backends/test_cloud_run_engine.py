@@ -695,7 +695,6 @@ BAD: Final = (
         "has parallelism 5 and this execution has 3 tasks",
         {"options": {"job": "etl", "max_tasks": 10}},
         {"parallelism": 5},
-        level="warn",
     ),
     Bad(
         "packs under the job's parallelism",

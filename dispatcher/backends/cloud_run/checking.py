@@ -256,7 +256,7 @@ def _trials(
     if options.mode != "strict":
         yield from _trial(job, options, clients, live, container, timeout, sound=sound)
         yield from _granted(clients, meter, live.name, timeout)
-    if options.mode == "strict" or live.template.parallelism > 1:
+    if options.mode == "strict" or (options.mode == "mixed" and live.template.parallelism > 1):
         yield from _strict_trials(
             job, options, settings, clients, meter, live, container, sound=sound
         )
@@ -341,14 +341,7 @@ def _strict_trials(
     *,
     sound: bool,
 ) -> Iterator[Remark]:
-    """Try what a launch with a job of its own calls, on a job that is not there.
-
-    In mode `shared` only retries of fewer tasks than the definition's parallelism have one.
-    """
-    level: Literal["warn", "fail"] = "warn" if options.mode == "shared" else "fail"
-    who = f"mode {options.mode} makes jobs of its own"
-    if options.mode == "shared":
-        who = "retries of fewer tasks than its parallelism make jobs of their own"
+    """Try what a launch with a job of its own calls, on a job that is not there."""
     parent = f"projects/{settings.project}/locations/{settings.region}"
     name = f"{parent}/jobs/{launching.strict_id(_TRIED)}"
     execution = f"{name}/executions/{launching.strict_id(_TRIED)}-{launching.TOKEN}"
@@ -375,7 +368,7 @@ def _strict_trials(
         ("deleting it", "write", lambda: clients.jobs.delete_job(deletion, **given)),
     )
     for what, kind, call in trials:
-        text = f"{who}, and {what} is refused"
+        text = f"mode {options.mode} makes jobs of its own, and {what} is refused"
         try:
             with calling(meter, kind, text):
                 call()
@@ -384,7 +377,7 @@ def _strict_trials(
         except Unavailable as error:
             if isinstance(error.__cause__, (api.AlreadyExists, api.Conflict)):
                 continue  # somebody has called a job so; it was permitted
-            yield _refused(error, text, _MAKER, level)
+            yield _refused(error, text, _MAKER)
             sound = False
     if sound:
         yield Remark("ok", f"jobs like {live.name} would be made at a launch")
@@ -434,9 +427,7 @@ def _log_read(
         yield Remark("warn", f"{what}: {words(error.__cause__ or error)}", todo)
 
 
-def _refused(
-    error: Unavailable, what: str, todo: str, level: Literal["warn", "fail"] = "fail"
-) -> Remark:
+def _refused(error: Unavailable, what: str, todo: str) -> Remark:
     """Word a call that is refused, without the hint that a launch's refusal has.
 
     Raises:
@@ -444,7 +435,7 @@ def _refused(
     """
     if error.__cause__ is None or not _is_refusal(error):
         raise error
-    return Remark(level, f"{what}: {words(error.__cause__)}", todo)
+    return Remark("fail", f"{what}: {words(error.__cause__)}", todo)
 
 
 def _is_refusal(error: Unavailable) -> bool:
