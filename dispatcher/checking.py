@@ -279,6 +279,13 @@ def _stored(
         elif need is not None and not own:
             text = f"{need}, and there is no storage"
             yield Remark("warn", text, "set DISPATCHER_STORAGE_URL, to a place that they can reach")
+        elif _packs(job, backend):
+            text = (
+                f"an input of more than {backend.limits.inline_bytes:,} bytes an execution is "
+                "rejected, as there is no storage"
+            )
+            todo = "set DISPATCHER_STORAGE_URL, unless the inputs of all packs are small"
+            yield Remark("warn", text, todo)
         return
     emulated = bool(getattr(target.settings, "insecure", False))
     if storage_url.startswith("file:") and backend.home() is None and not emulated:
@@ -292,6 +299,11 @@ def _stored(
             "set DISPATCHER_STORAGE_URL to a bucket, s3:// or gs://; leave it only if the tasks "
             "have the same directory mounted at the same path",
         )
+
+
+def _packs(job: Job, backend: Backend) -> bool:
+    """Whether executions of a job get a document with the inputs of all their chunks."""
+    return (job.options.get("max_tasks") or 1) > 1 and not backend.limits.per_task_env
 
 
 def _signing(storage_url: str) -> Iterator[Remark]:

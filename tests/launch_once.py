@@ -28,6 +28,10 @@ MANY: Final = 40
 IN_FLIGHT: Final = 2
 """Kills that are to meet a worker with its launch calls open; the others come when they come."""
 
+SEED: Final = 5
+"""Of the emulator: it draws 30 % of lost replies or a bit more, and 10 % of refusals or more, with
+any number of launches from 500 to 1,200."""
+
 THROTTLED: Final = 10
 """Launches that each of the two bursts of 429 refuses."""
 
@@ -105,16 +109,21 @@ def kill_every_second(
 
 
 def assert_all_struck(emulator: CloudRunEmulator, toll: Toll) -> str:
-    """Look whether each of the faults was there, and often enough; gives the figures."""
+    """Look whether each of the faults was there, and often enough; gives the figures.
+
+    With SEED the draws are the same each time, whatever order the calls come in.
+    """
     struck, calls = emulator.faults.struck, emulator.calls["Jobs.RunJob"]
     figures = (
         f"{toll.kills} kills, {toll.in_flight} of them picked with calls open, "
         f"{calls} launch calls, {dict(struck)}, {toll.took:.0f} s and more"
     )
-    refused = emulator.refused
-    assert struck["lose_reply"] >= 0.25 * LAUNCHES, figures
-    assert refused["Jobs.RunJob", "RESOURCE_EXHAUSTED"] == 2 * THROTTLED, figures
-    assert refused["Jobs.RunJob", "UNAVAILABLE"] >= 0.05 * LAUNCHES, figures
+    throttled = emulator.refused["Jobs.RunJob", "RESOURCE_EXHAUSTED"]
+    refused = struck["refuse"] - throttled
+    assert throttled == 2 * THROTTLED, figures
+    assert refused >= 0.09 * (calls - throttled), figures
+    assert calls - struck["refuse"] >= LAUNCHES, figures
+    assert struck["lose_reply"] >= 0.29 * (calls - struck["refuse"]), figures
     assert struck["stale_lists"], figures
     assert toll.kills >= 20, figures
     assert toll.in_flight >= 1, "a launcher was killed with its calls open"

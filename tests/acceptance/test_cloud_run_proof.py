@@ -13,6 +13,7 @@ from typing import Final
 import pytest
 from launch_once import (
     LAUNCHES,
+    SEED,
     assert_all_struck,
     hurry,
     kill_every_second,
@@ -53,7 +54,7 @@ def emulator() -> Iterator[CloudRunEmulator]:
         return 0.5 + int(start.env["DISPATCH_CHUNK"]) % 5 / 2
 
     with CloudRunEmulator(
-        script=script, options=EmulatorOptions(page_size=500, seed=4)
+        script=script, options=EmulatorOptions(page_size=500, seed=SEED)
     ) as emulator:
         emulator.world.define("project-1", "europe-west1", "etl")
         yield emulator

@@ -17,7 +17,15 @@ from typing import Final
 
 import pytest
 import sqlalchemy as sa
-from launch_once import LAUNCHES, assert_all_struck, hurry, kill_every_second, misbehave, staff
+from launch_once import (
+    LAUNCHES,
+    SEED,
+    assert_all_struck,
+    hurry,
+    kill_every_second,
+    misbehave,
+    staff,
+)
 from workbench import HERE, Bench, job
 
 from dispatcher import container, schema
@@ -122,7 +130,7 @@ def assert_losers_did_nothing(
 @pytest.mark.timeout(180)
 def test_where_launches_are_doubled_each_items_effect_comes_once(site: Site) -> None:
     containers = Containers()
-    with CloudRunEmulator(script=containers.script, options=EmulatorOptions(seed=6)) as cloud:
+    with CloudRunEmulator(script=containers.script, options=EmulatorOptions(seed=SEED)) as cloud:
         cloud.world.define("project-1", "europe-west1", "etl")
         site.write_jobs(JOBS.replace("ENDPOINT", cloud.grpc_address))
         site.environment["DISPATCHER_STORAGE_URL"] = (site.folder / "storage").as_uri()

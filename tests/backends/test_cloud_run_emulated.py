@@ -528,14 +528,27 @@ def test_tasks_that_the_platform_killed_are_told_by_their_signal(cloud: Cloud) -
     assert (task.outcome, task.exit_code) == (Outcome.FAILED, 137)
 
 
-def test_memory_and_images_have_outcomes_of_their_own(cloud: Cloud) -> None:
+@pytest.mark.parametrize(
+    ("end", "outcome", "said"),
+    [
+        (TaskEnd(out_of_memory=True), Outcome.OUT_OF_MEMORY, "Memory limit of 512Mi exceeded"),
+        (
+            TaskEnd(problem="Image 'gone' not found.", missing_image=True),
+            Outcome.REJECTED,
+            "Image 'gone' not found.",
+        ),
+        (TaskEnd(problem="the machine broke"), Outcome.LOST, "the machine broke"),
+    ],
+    ids=["memory", "image", "internal"],
+)
+def test_memory_images_and_internal_errors_have_outcomes_of_their_own(
+    cloud: Cloud, end: TaskEnd, outcome: Outcome, said: str
+) -> None:
     backend = cloud.backend()
-    cloud.script = lambda _start: TaskEnd(out_of_memory=True)
+    cloud.script = lambda _start: end
     (task,) = ended(backend, backend.launch(request()).handle).tasks
-    assert task.outcome is Outcome.OUT_OF_MEMORY
-    cloud.script = lambda _start: TaskEnd(problem="no such image")
-    (task,) = ended(backend, backend.launch(request()).handle).tasks
-    assert task.outcome in (Outcome.REJECTED, Outcome.START_FAILED, Outcome.LOST)
+    assert task.outcome is outcome
+    assert said in (task.reason or "")
 
 
 def test_a_cancelled_execution_keeps_what_succeeded_before(cloud: Cloud) -> None:
@@ -818,18 +831,126 @@ def test_check_names_what_is_wrong_with_the_job(cloud: Cloud) -> None:
     only(remarks(backend, container="side"), "fail", "options.container is 'side'")
 
 
-def test_check_names_the_permission_that_is_missing(cloud: Cloud) -> None:
+ETL = f"projects/{PROJECT}/locations/{REGION}/jobs/etl"
+ON_JOB = {"run.jobs.get", "run.jobs.run", "run.jobs.runWithOverrides", "run.executions.cancel"}
+FOLLOWING = {
+    *("run.executions.get", "run.executions.list", "run.tasks.list", "run.jobs.list"),
+    "logging.logEntries.list",
+}
+MAKING = {"run.jobs.create", "run.jobs.delete", "run.jobs.get", "run.executions.cancel"}
+
+
+def permit(cloud: Cloud, project: set[str], on_job: set[str] | None = None) -> None:
+    cloud.emulator.world.permissions = frozenset(project)
+    cloud.emulator.world.permissions_on = {ETL: frozenset(on_job or ())}
+
+
+@pytest.mark.parametrize("transport", ["grpc", "rest"])
+def test_check_is_content_with_the_permissions_that_the_page_lists(
+    cloud: Cloud, transport: str
+) -> None:
+    backend, world = cloud.backend(transport=transport), cloud.emulator.world
+    permit(cloud, FOLLOWING, ON_JOB)
+    assert remarks(backend) == {}
+    permit(cloud, FOLLOWING | MAKING, {"run.jobs.get"})
+    assert remarks(backend, mode="strict") == {}
+    world.define(PROJECT, REGION, "etl", parallelism=4, task_count=4)
+    permit(cloud, FOLLOWING | MAKING, ON_JOB)
+    assert remarks(backend, mode="mixed", max_tasks=4) == {}
+    assert (world.executed, len(list(world.list_jobs(ETL.partition("/jobs")[0])))) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("missing", "level", "part", "role"),
+    [
+        ("run.jobs.get", "fail", "cannot read", "roles/run.viewer"),
+        ("run.jobs.run", "fail", "a launch with overrides", "roles/run.jobsExecutorWithOverrides"),
+        ("run.jobs.runWithOverrides", "fail", "a launch with", "run.jobsExecutorWithOverrides"),
+        ("run.executions.cancel", "fail", "is missing on", "roles/run.jobsExecutorWithOverrides"),
+        ("run.executions.get", "fail", "is missing on", "roles/run.viewer"),
+        ("run.tasks.list", "fail", "the tasks of", "roles/run.viewer"),
+        ("logging.logEntries.list", "warn", "the output of tasks", "roles/logging.viewer"),
+    ],
+)
+@pytest.mark.parametrize("transport", ["grpc", "rest"])
+def test_check_names_each_permission_that_is_missing_and_a_role_that_has_it(
+    cloud: Cloud, transport: str, missing: str, level: str, part: str, role: str
+) -> None:
+    permit(cloud, FOLLOWING - {missing}, ON_JOB - {missing})
+    backend = cloud.backend(transport=transport)
+    told = backend.check(Job(name="etl", target="cloud"), CloudRunOptions(job="etl"))
+    (remark,) = (one for one in told if one.level != "ok")
+    assert (remark.level, missing in remark.text) == (level, True)
+    assert part in remark.text
+    assert role in (remark.todo or "")
+
+
+def test_check_tells_that_strays_cannot_be_found_with_grants_on_the_job_alone(cloud: Cloud) -> None:
+    permit(cloud, FOLLOWING - {"run.executions.list"}, ON_JOB | {"run.executions.list"})
+    backend = cloud.backend()
+    only(remarks(backend), "fail", "strays are never found", "'run.executions.list' denied")
+    permit(cloud, FOLLOWING - {"run.executions.list"}, ON_JOB)
+    assert len(remarks(backend)) == 2
+
+
+@pytest.mark.parametrize(
+    ("missing", "part"),
+    [
+        ("run.jobs.create", "creating one is refused"),
+        ("run.jobs.delete", "deleting it is refused"),
+        ("run.executions.cancel", "cancelling it is refused"),
+        ("run.jobs.get", "finding it again is refused"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["strict", "mixed"])
+def test_check_tries_what_a_mode_that_makes_jobs_needs_in_the_project(
+    cloud: Cloud, mode: Literal["strict", "mixed"], missing: str, part: str
+) -> None:
+    cloud.emulator.world.define(PROJECT, REGION, "etl", parallelism=4, task_count=4)
+    permit(cloud, FOLLOWING | (MAKING - {missing}), ON_JOB)
+    told = cloud.backend().check(
+        Job(name="etl", target="cloud"), CloudRunOptions(job="etl", mode=mode, max_tasks=4)
+    )
+    (remark,) = (one for one in told if one.level != "ok")
+    assert remark.level == "fail"
+    assert f"mode {mode} makes jobs of its own, and {part}: 403" in remark.text
+    assert "roles/run.developer on the project" in (remark.todo or "")
+
+
+def test_check_names_what_is_missing_where_all_is(cloud: Cloud) -> None:
     backend, world = cloud.backend(), cloud.emulator.world
     world.permissions = frozenset({"run.jobs.get", "run.jobs.run"})
     found = remarks(backend)
-    assert len(found) == 3
-    assert set(found.values()) == {"fail"}
-    assert any("runWithOverrides" in text or "overrides" in text for text in found)
+    assert sorted(found.values()) == ["fail"] * 6 + ["warn"]
+    assert any("runWithOverrides" in text for text in found)
     world.permissions = frozenset()
     only(remarks(backend), "fail", "403")
     world.permissions = None
     world.authenticated = False
     only(remarks(backend), "fail", "401")
+
+
+def test_retries_of_cloud_runs_own_are_told_of_in_mode_mixed_too(cloud: Cloud) -> None:
+    cloud.emulator.world.define(PROJECT, REGION, "etl", max_retries=3)
+    backend = cloud.backend()
+    only(remarks(backend, mode="mixed"), "warn", "max_retries 3", "up to 4 times")
+    assert remarks(backend, mode="strict") == {}, "jobs of its own have none"
+
+
+def test_a_timeout_of_less_than_a_second_is_tried_as_it_is_launched(cloud: Cloud) -> None:
+    short = Job.model_validate({"name": "etl", "target": "cloud", "timeout": "0.2s"})
+    assert remarks(cloud.backend(), short) == {}
+    assert remarks(cloud.backend(), short, mode="strict") == {}
+
+
+@pytest.mark.parametrize("mode", ["shared", "strict"])
+def test_what_fails_on_paper_is_not_said_to_be_taken(
+    cloud: Cloud, mode: Literal["shared", "strict"]
+) -> None:
+    for wrong in ({"timeout": "169h"}, {"command": ["sh"], "timeout": "5m"}):
+        job = Job.model_validate({"name": "etl", "target": "cloud", **wrong})
+        told = cloud.backend().check(job, CloudRunOptions(job="etl", mode=mode))
+        assert [one.level for one in told] == ["fail"]
 
 
 def test_a_check_during_an_outage_says_that_it_cannot_say(cloud: Cloud) -> None:

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import grpc
 import pytest
@@ -43,6 +43,7 @@ from dispatcher.emulators.cloud_run import (
     World,
 )
 from dispatcher.emulators.cloud_run.faults import outage, slow_cancel
+from dispatcher.emulators.cloud_run.gate import Call
 from dispatcher.engine import Engine
 from dispatcher.engine.metering import TargetMeter
 from dispatcher.explaining import explain
@@ -50,6 +51,7 @@ from dispatcher.queries import Chunk
 from dispatcher.states import ChunkState
 from dispatcher.storage import Storage
 from dispatcher.store import Store
+from workers.clock import STRAYS_EVERY
 
 JOB: Final = "projects/project-1/locations/europe-west1/jobs/etl"
 NOW: Final = "public.site_now()"
@@ -113,6 +115,8 @@ class Cloud:
         self.database_url = database_url
         self.storage = Storage(f"file://{folder}/store") if storage else None
         self.ahead = 0.0
+        self._scanned = -math.inf
+        self._of_scans: list[Call] = []
         self._closing = ExitStack()
         self.database = self._connect()
         with self.database.begin() as tx:
@@ -168,9 +172,13 @@ class Cloud:
         self.emulator.world.timetable.run_due()
 
     def turn(self, seconds: float = 0.0) -> None:
-        """One turn of each worker's clock, after some time."""
+        """One turn of each worker's clock, after some time; the leader scans for strays."""
         if seconds:
             self.advance(seconds)
+        if self.monotonic() - self._scanned >= STRAYS_EVERY:
+            self._scanned, before = self.monotonic(), len(self.emulator.history)
+            self.engines[0].sweep_strays("cloud")
+            self._of_scans += list(self.emulator.history)[before:]
         for engine in self.engines:
             for batch_id in engine.sweep():
                 engine.plan(batch_id)
@@ -225,6 +233,8 @@ class Cloud:
             "DISPATCHER_DATABASE_URL": self.database_url,
             "DISPATCHER_JOBS": str(self.jobs),
         }
+        if self.storage is not None:
+            environment["DISPATCHER_STORAGE_URL"] = self.storage.url
         ran = CliRunner(env=environment).invoke(app, ["check", "--json"])
         assert "Traceback" not in ran.output
         found = [one for one in json.loads(ran.stdout)["checks"] if one["name"].startswith("job ")]
@@ -255,8 +265,17 @@ class Cloud:
         return self.emulator.calls["Jobs.RunJob"]
 
     def reads(self) -> list[float]:
-        """When executions were read: their lists' pages and single ones."""
-        return [call.at for call in self.emulator.history if call.method in READS]
+        """When executions were read, but for scans: their lists' pages and single ones."""
+        scans = set(map(id, self._of_scans))
+        return [
+            call.at
+            for call in self.emulator.history
+            if call.method in READS and id(call) not in scans
+        ]
+
+    def scan_reads(self) -> list[float]:
+        """When scans for strays read a page."""
+        return [call.at for call in self._of_scans if call.method in READS]
 
 
 def attempts_of(chunk: Chunk) -> list[str | None]:
@@ -345,14 +364,15 @@ def test_ten_thousand_chunks_are_one_launch_and_their_failures_one_more(
     cloud.turn()
     assert cloud.launches == 1, "ten thousand chunks, one call"
     ended = cloud.finish(batch, step=2.5, within=900)
-    passed, reads = cloud.monotonic() - began, cloud.reads()
-    figures(passed=passed, reads=len(reads), calls=dict(cloud.emulator.calls))
+    passed, reads, scans = cloud.monotonic() - began, cloud.reads(), cloud.scan_reads()
+    figures(passed=passed, reads=len(reads), scans=len(scans), calls=dict(cloud.emulator.calls))
     assert (ended.state, ended.counts) == ("succeeded", {"succeeded": 10_000})
     assert Counter(map(len, cloud.outcomes(batch))) == {1: 9_900, 2: 100}
     assert [execution.task_count for execution in cloud.world.executed] == [10_000, 100]
     assert cloud.launches == 2
     assert len(reads) <= passed / 5
     assert most_within(reads, 4.9) == 1
+    assert 2 <= len(scans) <= passed / STRAYS_EVERY + 1, "one page each: there are two executions"
 
 
 @pytest.mark.long
@@ -387,8 +407,10 @@ def test_a_straggler_of_an_hour_holds_up_nobody_and_its_lost_record_costs_one_ch
     assert [execution.task_count for execution in cloud.world.executed] == [10_000, 1]
     passed = cloud.monotonic() - began
     reads, pages = cloud.reads(), cloud.emulator.calls["Tasks.ListTasks"]
+    scans = cloud.scan_reads()
     assert most_within(reads, 4.9) == 1
-    figures(late=late, passed=passed, reads=len(reads), task_pages=pages)
+    assert 2 <= len(scans) <= passed / STRAYS_EVERY + 1
+    figures(late=late, passed=passed, reads=len(reads), scans=len(scans), task_pages=pages)
 
 
 def test_three_hundred_executions_are_followed_with_three_reads_in_five_seconds(
@@ -400,8 +422,14 @@ def test_three_hundred_executions_are_followed_with_three_reads_in_five_seconds(
     assert cloud.launches == 300
     began = cloud.monotonic()
     assert cloud.finish(batch, step=0.5).state == "succeeded"
-    passed, reads = cloud.monotonic() - began, cloud.reads()
-    figures(passed=passed, reads=len(reads), in_five_seconds=most_within(reads, 4.9))
+    passed, reads, scans = cloud.monotonic() - began, cloud.reads(), cloud.scan_reads()
+    figures(
+        passed=passed,
+        reads=len(reads),
+        in_five_seconds=most_within(reads, 4.9),
+        scans=len(scans),
+    )
+    assert 2 <= len(scans) <= 2 * (passed / STRAYS_EVERY + 1), "what is new, and a page more"
     assert len(reads) <= 3 * (passed / 5 + 1)
     assert most_within(reads, 4.9) <= 3
     assert cloud.emulator.calls["Tasks.ListTasks"] == 0, "a single success needs no list of tasks"
@@ -586,7 +614,8 @@ def test_two_workers_share_one_budget_of_reads(make_cloud: MakeCloud) -> None:
     cloud.turn()
     began = cloud.monotonic()
     assert cloud.finish(batch).state == "succeeded"
-    minutes, reads = (cloud.monotonic() - began) / 60, cloud.reads()
+    minutes = (cloud.monotonic() - began) / 60
+    reads = sorted(cloud.reads() + cloud.scan_reads())
     assert not cloud.emulator.refused
     most = most_within(reads, 60)
     figures(minutes=minutes, reads=len(reads), in_a_minute=most)
@@ -603,7 +632,7 @@ class Bad(NamedTuple):
 
     name: str
     checked: str
-    """What `dispatcher check` says of it."""
+    """What `dispatcher check` says of it, in a line of `level`."""
 
     told: str
     """What the outcome says."""
@@ -616,6 +645,8 @@ class Bad(NamedTuple):
 
     item: str = "x"
     storage: bool = True
+    level: Literal["warn", "fail"] = "fail"
+    """What may work for some inputs is warned of."""
 
 
 def forbid(world: World) -> None:
@@ -636,7 +667,7 @@ BAD: Final = (
         {"options": {"job": "no-such-job"}},
     ),
     Bad("no permission", "run.jobs.runWithOverrides", "403 Permission", spoil=forbid, calls=1),
-    Bad("image missing", "not ready", "gone", definition={"image": "gone"}, calls=1),
+    Bad("image missing", "job etl is not ready", "gone", definition={"image": "gone"}, calls=1),
     Bad(
         "wrong env name",
         "`env` sets CLOUD_RUN_REGION, which is Cloud Run's own",
@@ -645,11 +676,12 @@ BAD: Final = (
     ),
     Bad(
         "too large",
-        "needs DISPATCHER_STORAGE_URL",
+        "an input of more than 24,576 bytes an execution is rejected, as there is no storage",
         "set DISPATCHER_STORAGE_URL for the workers",
         {"options": {"job": "etl", "max_tasks": 3}},
         item="x" * 20_000,
         storage=False,
+        level="warn",
     ),
     Bad(
         "timeout over the limit",
@@ -664,6 +696,13 @@ BAD: Final = (
         {"options": {"job": "etl", "max_tasks": 10}},
         {"parallelism": 5},
     ),
+    Bad(
+        "packs under the job's parallelism",
+        "than that, such as the last one of a batch, or a retry, and options.max_tasks is 3",
+        "has parallelism 5 and this execution has 3 tasks",
+        {"options": {"job": "etl", "max_tasks": 3}},
+        {"parallelism": 5},
+    ),
     Bad("wrong credentials", "401 ", "401 ", spoil=sign_out, calls=1),
 )
 
@@ -674,9 +713,10 @@ def test_bad_input_is_told_at_the_check_and_rejected_once_in_the_providers_words
 ) -> None:
     cloud = make_cloud(jobs={"etl": bad.job}, definition=bad.definition, storage=bad.storage)
     bad.spoil(cloud.world)
-    code, checked = cloud.check()
-    assert code == 1
-    assert bad.checked in checked
+    _, checked = cloud.check()
+    (line,) = (one for one in checked.splitlines() if bad.checked in one)
+    assert line.startswith(f"{bad.level}: ")
+    assert "can run on target cloud" not in checked
     before = cloud.launches
     batch = cloud.dispatcher.enqueue("etl", [f"{bad.item}{number}" for number in range(3)])
     ended = cloud.finish(batch)
@@ -687,6 +727,15 @@ def test_bad_input_is_told_at_the_check_and_rejected_once_in_the_providers_words
     assert all(bad.told in (chunk.attempts[0].reason or "") for chunk in cloud.chunks(batch))
     assert cloud.launches - before == bad.calls
     assert cloud.world.executed == []
+
+
+def test_a_job_that_is_well_has_no_line_of_the_check_against_it(make_cloud: MakeCloud) -> None:
+    """So that a line against a bad one is for what is bad, and not for the harness."""
+    packed = {"options": {"job": "etl", "max_tasks": 10}}
+    cloud = make_cloud(jobs={"etl": packed})
+    _, checked = cloud.check()
+    assert [one for one in checked.splitlines() if not one.startswith("ok: ")] == []
+    assert "ok: can run on target cloud" in checked
 
 
 def test_an_outage_of_ten_minutes_is_asked_after_seldom_and_costs_nothing(

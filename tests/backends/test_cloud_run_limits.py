@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import pytest
-from backends.test_cloud_run_emulated import PROJECT, REGION, request
+from backends.test_cloud_run_emulated import FOLLOWING, ON_JOB, PROJECT, REGION, request
 from backends.test_cloud_run_emulated import Cloud as CloudOfABackend
 from backends.test_cloud_run_engine import (
     Cloud,
@@ -130,8 +130,7 @@ def test_a_metadata_server_that_cannot_be_reached_refuses_nothing() -> None:
 def test_a_permission_that_is_missing_is_told_with_one_hint(
     cloud: CloudOfABackend, missing: str
 ) -> None:
-    needed = {"run.jobs.get", "run.jobs.run", "run.jobs.runWithOverrides", "run.executions.list"}
-    cloud.emulator.world.permissions = frozenset({*needed, "run.tasks.list"} - {missing})
+    cloud.emulator.world.permissions = frozenset((ON_JOB | FOLLOWING) - {missing})
     *_, remark = cloud.backend().check(Job(name="etl", target="cloud"), ETL)
     assert remark.level == "fail"
     assert "403 " in remark.text

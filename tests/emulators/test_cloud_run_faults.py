@@ -17,9 +17,12 @@ from dispatcher.emulators.cloud_run import Code, EmulatorOptions
 from dispatcher.emulators.cloud_run.faults import (
     CONSTRUCTORS,
     Fault,
+    Faults,
+    Kind,
     clock_skew,
     fail_tasks,
     forget,
+    forget_running,
     from_json,
     kill_tasks,
     lose_reply,
@@ -179,6 +182,26 @@ def test_a_record_that_was_there_can_vanish(opened: Open) -> None:
         cloud.executions.get_execution(name=other.name)
 
 
+def test_a_record_can_vanish_while_its_execution_runs_on(opened: Open, tmp_path: Path) -> None:
+    path = tmp_path / "faults.json"
+    path.write_text(json.dumps([{"fault": "forget_running", "seconds": 5, "times": 1}]))
+    assert from_json(path) == (forget_running(5, times=1),)
+    cloud = opened(script=lambda _: 60, faults=from_json(path))
+    execution, other = cloud.run(), cloud.run()
+    eventually(lambda: cloud.emulator.world.busy == 2)
+    assert cloud.executions.get_execution(name=execution.name).running_count == 1
+    cloud.emulator.world.advance(6)
+    (gone, _) = cloud.emulator.world.executed
+    eventually(lambda: gone.deleted)
+    assert (gone.done, cloud.emulator.world.busy) == (False, 2)
+    with pytest.raises(exceptions.NotFound):
+        cloud.executions.get_execution(name=execution.name)
+    assert [one.name for one in cloud.executions.list_executions(parent=JOB)] == [other.name]
+    cloud.emulator.world.advance(60)
+    eventually(lambda: gone.done)
+    assert cloud.finished(other).succeeded_count == 1
+
+
 def test_a_skewed_clock_shows_in_every_time(opened: Open) -> None:
     cloud = opened()
     execution = cloud.finished(cloud.run())
@@ -187,6 +210,20 @@ def test_a_skewed_clock_shows_in_every_time(opened: Open) -> None:
         assert (execution.create_time - earlier.create_time).total_seconds() == 3600
         assert (execution.completion_time - earlier.completion_time).total_seconds() == 3600
     assert cloud.executions.get_execution(name=execution.name).create_time == execution.create_time
+
+
+def test_with_a_seed_the_same_calls_are_struck_however_they_come() -> None:
+    """Calls of other faults, which come in any order, take nothing from a fault's own draws."""
+
+    def struck(order: str) -> list[bool]:
+        faults = Faults(lambda: 0.0, seed=4)
+        faults.add(refuse(share=0.5), kill_tasks(share=0.5))
+        kinds = {"r": Kind.REFUSE, "k": Kind.KILL_TASKS}
+        hits = [(one, faults.strike(kinds[one], "Jobs.RunJob") is not None) for one in order]
+        return [hit for one, hit in hits if one == "r"]
+
+    assert struck("r" * 40) == struck("rk" * 40) == struck("k" * 40 + "r" * 40)
+    assert {*struck("r" * 40)} == {True, False}
 
 
 def test_every_fault_can_be_written_in_a_file(tmp_path: Path) -> None:

@@ -244,9 +244,19 @@ def test_the_command_says_what_is_wrong_with_its_options(options: list[str], sai
     [
         ("- a", "expected projects/P"),
         ("jobs/J: {image: a}", "'jobs/J' is not projects/P/locations/R/jobs/J"),
-        (f"{JOB}: {{imgae: a}}", "has no imgae; allowed: args"),
-        (f"{JOB}: 3", "has no such value"),
+        (f"{JOB}: {{imgae: a}}", "imgae is not a known key; allowed: args"),
+        (f"{JOB}: 3", "is 3; it must be a mapping, such as {image: app}; allowed: image"),
+        (f"{JOB}:", "is null; it must be a mapping"),
         (f"{JOB}: {{task_count: 20000}}", "20000 must be between 1 and 10000"),
+        (f"{JOB}: {{timeout: 10m}}", 'timeout is "10m"; it must be a number'),
+        (f"{JOB}: {{timeout: -1}}", "timeout is -1; it must be greater than 0"),
+        (f"{JOB}: {{env: {{A: 1}}}}", "env.A is 1; it must be text: put it in quotes"),
+        (f"{JOB}: {{env: {{1: a}}}}", "env.1 is 1; it must be text"),
+        (f"{JOB}: {{parallelism: many}}", 'parallelism is "many"; it must be an integer'),
+        (f"{JOB}: {{command: sh -c}}", 'command is "sh -c"; it must be a list'),
+        (f"{JOB}: {{limits: {{disk: 1Gi}}}}", "must be 'cpu' or 'memory'"),
+        (f"{JOB}: {{limits: {{memory: 640Gi}}}}", "'640Gi' is more than 32Gi"),
+        (f"{JOB}: {{args: [1], timeout: []}}", "args.0 is 1; it must be text: put it in quotes; "),
     ],
 )
 def test_definitions_that_are_wrong_are_refused_in_words(
@@ -259,6 +269,7 @@ def test_definitions_that_are_wrong_are_refused_in_words(
     )
     assert result.exit_code == 2
     assert said in result.stderr
+    assert str(path) in result.stderr
 
 
 def test_a_port_that_is_taken_is_told() -> None:

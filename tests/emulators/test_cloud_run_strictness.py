@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from emulators.cloud import JOB, Cloud, eventually
@@ -12,7 +15,8 @@ from google.api_core import exceptions
 from google.auth.exceptions import GoogleAuthError
 from google.cloud import run_v2
 
-from dispatcher.emulators.cloud_run import GUESSES, EmulatorOptions, ScriptRunner
+import dispatcher.emulators.cloud_run
+from dispatcher.emulators.cloud_run import GUESSES, EmulatorOptions, Refused, ScriptRunner
 from dispatcher.emulators.cloud_run.faults import refuse
 
 Open = Callable[..., Cloud]
@@ -140,6 +144,24 @@ def test_an_etag_that_has_changed_is_refused(opened: Open) -> None:
     assert cloud.jobs.get_job(name=JOB).etag != old
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"memory": "640Gi", "cpu": "8"}, "'640Gi' is more than 32Gi, the most there is"),
+        ({"memory": "5Gi"}, "'5Gi' is more than 4Gi, the most for 1 cpu"),
+        ({"memory": "9Gi", "cpu": "2000m"}, "'9Gi' is more than 8Gi, the most for 2000m cpu"),
+    ],
+)
+def test_more_memory_than_the_documents_allow_is_refused(
+    opened: Open, limits: dict[str, str], said: str
+) -> None:
+    cloud = opened()
+    with pytest.raises(Refused, match=said) as refused:
+        cloud.emulator.world.define("p", "r", "large", limits=limits)
+    assert "configuring/jobs/memory-limits" in str(refused.value)
+    cloud.emulator.world.define("p", "r", "large", limits={"memory": "32Gi", "cpu": "8"})
+
+
 # --- who may --------------------------------------------------------------------------------------
 
 
@@ -216,3 +238,51 @@ def test_every_guess_is_a_sentence() -> None:
     for name, text in GUESSES.items():
         assert text.endswith("."), name
         assert len(text) > 20
+
+
+# --- what each follows ----------------------------------------------------------------------------
+
+MODULES = Path(dispatcher.emulators.cloud_run.__file__).parent
+SOURCE = re.compile(
+    r"clouds\.md §\d|vendor: \w|guess: \w|google(?:apis)?/[\w./#-]+|RFC \d+|cloud\.google\.com/\w"
+)
+GUESSED = re.compile(r"guess: (\w+(?:, \w+)*)")
+REFUSING = {"Refused", "_wrong"}
+"""What makes a refusal: the class, and a shorthand for it."""
+
+
+class Refusing(NamedTuple):
+    where: str
+    text: str
+
+
+def refusing() -> list[Refusing]:
+    """Every function of the emulator that refuses something, with its comments."""
+    found = []
+    for path in sorted(MODULES.glob("*.py")):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            called = {ast.unparse(one.func) for one in ast.walk(node) if isinstance(one, ast.Call)}
+            if called & REFUSING and node.name not in REFUSING:
+                body = ast.get_source_segment(text, node) or ""
+                found.append(Refusing(f"{path.name}: {node.name}", body))
+    return found
+
+
+def test_whatever_refuses_names_the_document_that_it_follows_or_its_guess() -> None:
+    every = refusing()
+    assert len(every) > 20
+    assert [one.where for one in every if not SOURCE.search(one.text)] == []
+
+
+def test_each_guess_is_named_beside_the_code_that_makes_it() -> None:
+    """So that a guess that nobody makes any more, or that is not in the table, is found."""
+    named = {
+        key
+        for path in MODULES.glob("*.py")
+        for keys in GUESSED.findall(path.read_text())
+        for key in keys.split(", ")
+    }
+    assert named == set(GUESSES)

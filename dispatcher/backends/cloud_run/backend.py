@@ -154,14 +154,15 @@ class CloudRunBackend:
         own = _own(options)
         remarks = list(checking.on_paper(job, own))
         try:
-            clients = self._clients.run()
+            return [
+                *remarks,
+                *checking.on_live(job, own, self.settings, self._clients, self._meter),
+            ]
         except CLIENT_ERRORS as error:
             told = at_launch(error, "cannot speak to Cloud Run")
             if isinstance(told, Unavailable):
                 raise told from error
             return [*remarks, Remark("fail", str(told))]
-        remarks += checking.on_live(job, own, self.settings, clients, self._meter)
-        return remarks
 
     # --- launch -----------------------------------------------------------------------------------
 

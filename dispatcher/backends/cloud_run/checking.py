@@ -1,23 +1,32 @@
 """What `dispatcher check` says of a job: its options against the live Cloud Run job.
 
-Nothing is started: the launch is tried with `validate_only`, and the reads that following an
-execution needs are made once.
+Nothing is started: the launch is tried with `validate_only`, the reads that following an execution
+needs are made once, and the other calls are tried on what is not there: Google looks at permissions
+first, so that NOT_FOUND says "you may" and PERMISSION_DENIED "you may not" [D: error model].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from google.api_core import exceptions as api
 from google.cloud import run_v2
+from google.iam.v1 import iam_policy_pb2
 
-from dispatcher.backends.base import Meter, Rejected, Remark, Unavailable
-from dispatcher.backends.cloud_run import launching
-from dispatcher.backends.cloud_run.clients import RunClients
+from dispatcher.backends.base import (
+    LaunchRequest,
+    Meter,
+    Rejected,
+    Remark,
+    TaskInput,
+    Unavailable,
+)
+from dispatcher.backends.cloud_run import launching, logs
+from dispatcher.backends.cloud_run.clients import Clients, RunClients
 from dispatcher.backends.cloud_run.failures import CLIENT_ERRORS, at_launch, calling, words
-from dispatcher.backends.cloud_run.names import job_name
+from dispatcher.backends.cloud_run.names import ANY_JOB, job_name
 from dispatcher.backends.cloud_run.options import (
     LONGEST_TIMEOUT,
     MAX_TASKS,
@@ -33,11 +42,21 @@ from dispatcher.templating import uses_chunk
 __all__ = ["on_live", "on_paper"]
 
 _FAILED: Final = run_v2.Condition.State.CONDITION_FAILED
-_VIEWER: Final = "give the workers' account roles/run.viewer there"
+# Which role holds what: docs.cloud.google.com/iam/docs/roles-permissions/run, and …/logging.
+_VIEWER: Final = "give the workers' account roles/run.viewer on the project"
 _EXECUTOR: Final = (
     "give the workers' account roles/run.jobsExecutorWithOverrides on the job; roles/run.invoker "
     "is not enough"
 )
+_MAKER: Final = (
+    "give the workers' account roles/run.developer on the project, and "
+    "roles/iam.serviceAccountUser on the Cloud Run job's own account: it makes jobs, and runs, "
+    "reads, cancels and deletes them"
+)
+_LOG_VIEWER: Final = "give the workers' account roles/logging.viewer on the project"
+
+_TRIED: Final = "d-check"
+"""Key of what is tried: no launch has it, as theirs go on with a batch's id."""
 
 
 def on_paper(job: Job, options: CloudRunOptions) -> Iterator[Remark]:
@@ -89,32 +108,33 @@ def on_live(
     job: Job,
     options: CloudRunOptions,
     settings: CloudRunSettings,
-    clients: RunClients,
+    clients: Clients,
     meter: Meter,
 ) -> Iterator[Remark]:
     """Say what the live job, the permissions and a tried launch tell.
 
     Raises:
         Unavailable: it cannot be said now.
+        google.auth.exceptions.GoogleAuthError: there are no credentials, or they are refused.
     """
+    run = clients.run()
     name = job_name(settings.project, settings.region, options.job)
     timeout = settings.call_timeout.total_seconds()
     try:
         with calling(meter, "read", f"cannot read {name}"):
-            live = clients.jobs.get_job(
-                run_v2.GetJobRequest(name=name), retry=None, timeout=timeout
-            )
+            live = run.jobs.get_job(run_v2.GetJobRequest(name=name), retry=None, timeout=timeout)
     except api.NotFound:
-        yield _missing(options, settings, clients, meter)
+        yield _missing(options, settings, run, meter)
         return
     except Unavailable as error:
-        if not _is_refusal(error):
-            raise
-        yield _refused(error, f"cannot read {name}")
+        yield _refused(error, f"cannot read {name}", _VIEWER)
         return
-    yield from _definition(job, options, live)
-    yield from _trial(job, options, clients, name, live, timeout)
-    yield from _reads(clients, meter, name, timeout)
+    compared = list(_definition(job, options, live))
+    yield from compared
+    sound = all(one.level != "fail" for one in (*on_paper(job, options), *compared))
+    yield from _trials(job, options, settings, run, meter, live, sound=sound)
+    yield from _reads(settings, run, meter, name)
+    yield from _log_read(settings, clients, meter, name)
 
 
 def _missing(
@@ -154,7 +174,7 @@ def _definition(job: Job, options: CloudRunOptions, live: run_v2.Job) -> Iterato
         yield Remark("fail", text, "mend its image, secrets, network or service account")
     elif live.reconciling:
         yield Remark("warn", f"the Cloud Run job {options.job} is being changed just now")
-    if options.mode == "shared" and task.max_retries:
+    if options.mode != "strict" and task.max_retries:
         times = task.max_retries + 1
         yield Remark(
             "warn",
@@ -169,7 +189,7 @@ def _definition(job: Job, options: CloudRunOptions, live: run_v2.Job) -> Iterato
         yield Remark("fail", str(error))
     yield from _parallelism(job, options, template.parallelism)
     has: timedelta | None = run_v2.TaskTemplate.pb(task).timeout.ToTimedelta()
-    if has and has < job.timeout:
+    if has and has < job.timeout <= LONGEST_TIMEOUT:
         yield Remark(
             "ok",
             f"the definition's timeout is {format_duration(has)}; each run is given "
@@ -214,35 +234,68 @@ def _parallelism(job: Job, options: CloudRunOptions, fixed: int) -> Iterator[Rem
         )
 
 
-def _trial(
+def _trials(
     job: Job,
     options: CloudRunOptions,
+    settings: CloudRunSettings,
     clients: RunClients,
-    name: str,
+    meter: Meter,
     live: run_v2.Job,
-    timeout: float,
+    *,
+    sound: bool,
 ) -> Iterator[Remark]:
-    """Try the launch without launching: permission, names of variables, timeout, tasks."""
+    """Try what a launch, a cancel and, in mode `strict`, the clean-up call, without effect.
+
+    `sound` says whether nothing is known yet that keeps a launch from being taken.
+    """
     try:
         container = launching.container_of(options, live)
     except Rejected:
         return  # told of before
-    tasks = max(live.template.parallelism, 1) if options.mode != "strict" else 1
-    request = run_v2.RunJobRequest(
-        name=name,
-        validate_only=True,
-        overrides=run_v2.RunJobRequest.Overrides(
-            container_overrides=[
-                run_v2.RunJobRequest.Overrides.ContainerOverride(
-                    name=container,
-                    args=["" for _ in job.args],
-                    env=[run_v2.EnvVar(name=variable, value="") for variable in job.env],
-                )
-            ],
-            task_count=min(max(tasks, options.max_tasks), MAX_TASKS),
-            timeout=min(job.timeout, LONGEST_TIMEOUT),
-        ),
+    timeout = settings.call_timeout.total_seconds()
+    if options.mode != "strict":
+        yield from _trial(job, options, clients, live, container, timeout, sound=sound)
+        yield from _granted(clients, meter, live.name, timeout)
+    if options.mode == "strict" or (options.mode == "mixed" and live.template.parallelism > 1):
+        yield from _strict_trials(
+            job, options, settings, clients, meter, live, container, sound=sound
+        )
+
+
+def _tried(job: Job, options: CloudRunOptions, tasks: int) -> LaunchRequest:
+    """Ask for a launch of the job as the planner would, but for its templates and input."""
+    args = tuple("" for _ in job.args)
+    env = dict.fromkeys(job.env, "")
+    return LaunchRequest(
+        key=_TRIED,
+        instance="check",
+        batch_id="check",
+        job=job.name,
+        command=(),
+        tasks=tuple(TaskInput(index, index, 1, "[]", args, env) for index in range(tasks)),
+        options=options,
+        timeout=min(job.timeout, LONGEST_TIMEOUT),
+        parallelism=tasks,
+        wrapped=options.wrapped,
+        clear_args=job.clear_args,
     )
+
+
+def _trial(
+    job: Job,
+    options: CloudRunOptions,
+    clients: RunClients,
+    live: run_v2.Job,
+    container: str,
+    timeout: float,
+    *,
+    sound: bool,
+) -> Iterator[Remark]:
+    """Try the launch without launching: permission, names of variables, timeout, tasks."""
+    tasks = min(max(live.template.parallelism, options.max_tasks), MAX_TASKS)
+    tried = _tried(job, options, tasks)
+    request = launching.run_request(live.name, tried, dict(tried.tasks[0].env), container)
+    request.validate_only = True
     try:
         clients.jobs.run_job(request, retry=None, timeout=timeout)
     except (api.Forbidden, api.Unauthorized) as error:
@@ -253,37 +306,136 @@ def _trial(
             raise told from error
         yield Remark("fail", f"a launch would be refused: {words(error)}")
     else:
-        yield Remark("ok", f"{name} would take a launch")
+        if sound:
+            yield Remark("ok", f"{live.name} would take a launch")
 
 
-def _reads(clients: RunClients, meter: Meter, name: str, timeout: float) -> Iterator[Remark]:
-    """Make the reads that following an execution needs, once."""
-    executions = run_v2.ListExecutionsRequest(parent=name, page_size=1)
+def _granted(clients: RunClients, meter: Meter, name: str, timeout: float) -> Iterator[Remark]:
+    """Ask what may be done with the job's executions: none need be there to try it on."""
+    needed = {"run.executions.cancel": _EXECUTOR, "run.executions.get": _VIEWER}
+    asked = iam_policy_pb2.TestIamPermissionsRequest(resource=name, permissions=list(needed))
+    what = f"what may be done with the executions of {name}"
+    try:
+        with calling(meter, "read", f"{what} cannot be asked"):
+            answer = clients.jobs.test_iam_permissions(asked, retry=None, timeout=timeout)
+    except Unavailable as error:
+        if not _is_refusal(error):
+            raise
+        # Whether a job answers for its executions is unverified: a refusal is no fault of the job.
+        text = f"{what} is not known, as it may not be asked: {words(error.__cause__ or error)}"
+        yield Remark("warn", text, f"see that {' and '.join(needed)} are granted")
+        return
+    for permission, todo in needed.items():
+        if permission not in answer.permissions:
+            yield Remark("fail", f"Permission {permission!r} is missing on {name}", todo)
+
+
+def _strict_trials(
+    job: Job,
+    options: CloudRunOptions,
+    settings: CloudRunSettings,
+    clients: RunClients,
+    meter: Meter,
+    live: run_v2.Job,
+    container: str,
+    *,
+    sound: bool,
+) -> Iterator[Remark]:
+    """Try what a launch with a job of its own calls, on a job that is not there."""
+    parent = f"projects/{settings.project}/locations/{settings.region}"
+    name = f"{parent}/jobs/{launching.strict_id(_TRIED)}"
+    execution = f"{name}/executions/{launching.strict_id(_TRIED)}-{launching.TOKEN}"
+    tried = _tried(job, options, 1)
+    wanted = launching.strict_job(tried, dict(tried.tasks[0].env), container, live)
+    creation = run_v2.CreateJobRequest(
+        parent=parent, job=wanted, job_id=launching.strict_id(_TRIED), validate_only=True
+    )
+    deletion = run_v2.DeleteJobRequest(name=name, validate_only=True)
+    cancel = run_v2.CancelExecutionRequest(name=execution, validate_only=True)
+    find = run_v2.GetJobRequest(name=name)
+    look = run_v2.GetExecutionRequest(name=execution)
+    jobs = run_v2.ListJobsRequest(parent=parent, page_size=1)
+    given: dict[str, Any] = {
+        "retry": None,
+        "timeout": settings.call_timeout.total_seconds(),
+    }
+    trials: tuple[tuple[str, Literal["read", "write"], Callable[[], Any]], ...] = (
+        ("creating one", "write", lambda: clients.jobs.create_job(creation, **given)),
+        ("finding it again", "read", lambda: clients.jobs.get_job(find, **given)),
+        ("reading how it runs", "read", lambda: clients.executions.get_execution(look, **given)),
+        ("cancelling it", "write", lambda: clients.executions.cancel_execution(cancel, **given)),
+        ("listing them", "read", lambda: clients.jobs.list_jobs(jobs, **given)),
+        ("deleting it", "write", lambda: clients.jobs.delete_job(deletion, **given)),
+    )
+    for what, kind, call in trials:
+        text = f"mode {options.mode} makes jobs of its own, and {what} is refused"
+        try:
+            with calling(meter, kind, text):
+                call()
+        except api.NotFound:
+            continue  # looked for, and so permitted
+        except Unavailable as error:
+            if isinstance(error.__cause__, (api.AlreadyExists, api.Conflict)):
+                continue  # somebody has called a job so; it was permitted
+            yield _refused(error, text, _MAKER)
+            sound = False
+    if sound:
+        yield Remark("ok", f"jobs like {live.name} would be made at a launch")
+
+
+def _reads(
+    settings: CloudRunSettings, clients: RunClients, meter: Meter, name: str
+) -> Iterator[Remark]:
+    """Make the reads that following an execution and looking for strays need, once."""
+    region = job_name(settings.project, settings.region, ANY_JOB)
+    timeout = settings.call_timeout.total_seconds()
+
+    def executions(parent: str) -> Callable[[], Any]:
+        asked = run_v2.ListExecutionsRequest(parent=parent, page_size=1)
+        return lambda: clients.executions.list_executions(asked, retry=None, timeout=timeout)
+
+    strays = "the executions of all jobs cannot be listed, so that strays are never found"
     tasks = run_v2.ListTasksRequest(parent=f"{name}/executions/-", page_size=1)
-    reads: tuple[tuple[str, Callable[[], Any]], ...] = (
+    reads: Sequence[tuple[str, Callable[[], Any]]] = (
+        (f"the executions of {name} cannot be listed", executions(name)),
+        (strays, executions(region)),
         (
-            "executions",
-            lambda: clients.executions.list_executions(executions, retry=None, timeout=timeout),
+            f"the tasks of {name} cannot be listed",
+            lambda: clients.tasks.list_tasks(tasks, retry=None, timeout=timeout),
         ),
-        ("tasks", lambda: clients.tasks.list_tasks(tasks, retry=None, timeout=timeout)),
     )
     for what, read in reads:
         try:
-            with calling(meter, "read", text := f"the {what} of {name} cannot be listed"):
+            with calling(meter, "read", what):
                 read()
         except api.NotFound:
             continue  # looked for, and so permitted: there is no execution yet
         except Unavailable as error:
-            if not _is_refusal(error):
-                raise
-            yield _refused(error, text)
+            yield _refused(error, what, _VIEWER)
 
 
-def _refused(error: Unavailable, what: str) -> Remark:
-    """Say what may not be read, and once what to do."""
-    if isinstance(error.__cause__, api.Forbidden):
-        return Remark("fail", f"{what}: {words(error.__cause__)}", _VIEWER)
-    return Remark("fail", str(error))
+def _log_read(
+    settings: CloudRunSettings, clients: Clients, meter: Meter, name: str
+) -> Iterator[Remark]:
+    """Read the output of a task that is not there. All else works without it."""
+    handle = f"{name}/executions/{name.rpartition('/')[2]}-check"
+    what = "the output of tasks cannot be read, for `dispatcher logs` and beside failures"
+    try:
+        logs.last_lines(settings, clients, meter, handle, 0, 1)
+    except Unavailable as error:
+        todo = _LOG_VIEWER if _is_refusal(error) else None
+        yield Remark("warn", f"{what}: {words(error.__cause__ or error)}", todo)
+
+
+def _refused(error: Unavailable, what: str, todo: str) -> Remark:
+    """Word a call that is refused, without the hint that a launch's refusal has.
+
+    Raises:
+        Unavailable: it was not refused, and cannot be said now.
+    """
+    if error.__cause__ is None or not _is_refusal(error):
+        raise error
+    return Remark("fail", f"{what}: {words(error.__cause__)}", todo)
 
 
 def _is_refusal(error: Unavailable) -> bool:

@@ -48,6 +48,9 @@ _UNITS: Final = {"Mi": 2**20, "Gi": 2**30, "M": 10**6, "G": 10**9}
 _LEAST_MEMORY: Final = {"4": "2Gi", "8": "4Gi"}
 """What so many cpu need [C: ResourceRequirements.limits; D: cpu]."""
 
+_MOST_MEMORY: Final = {"1": "4Gi", "2": "8Gi", "4": "16Gi", "8": "32Gi"}
+"""What so many cpu may have [D: cloud.google.com/run/docs/configuring/jobs/memory-limits]."""
+
 
 def reserved(name: str) -> bool:
     """Whether a variable of this name is Cloud Run's own."""
@@ -288,7 +291,7 @@ class DefinitionBlock(_Value):
     args: tuple[str, ...] | None = Field(default=None, description="where a job brings no args")
     cpu: Literal["1", "2", "4", "8"] | None = Field(default=None, description="1, 2, 4 or 8")
     memory: Annotated[str, AfterValidator(_check_memory)] | None = Field(
-        default=None, description="such as 512Mi or 2Gi; 4 cpu need 2Gi or more"
+        default=None, description="such as 512Mi or 2Gi; 4 cpu need 2Gi or more, and 1 may have 4Gi"
     )
     service_account: Account | None = Field(default=None, description="who the containers are")
     vpc: VpcBlock | None = Field(default=None, description="the network that they reach")
@@ -327,6 +330,12 @@ class DefinitionBlock(_Value):
             raise ValueError(
                 f"must have memory of {least} or more with {self.cpu} cpu, not "
                 f"{self.memory or 'the default, 512Mi'}"
+            )
+        most = _MOST_MEMORY[self.cpu or "1"]
+        if _bytes(self.memory) > _bytes(most):
+            raise ValueError(
+                f"must have memory of {most} at most with {self.cpu or 'the default of 1'} cpu, "
+                f"not {self.memory}; Cloud Run allows {_MOST_MEMORY['8']}, with 8 cpu"
             )
         if self.timeout is not None and self.timeout > LONGEST_TIMEOUT:
             raise ValueError("must have a timeout of 168h at most")

@@ -105,13 +105,13 @@ def _run_job(world: World, request: Any) -> Any:
 
 def _test_permissions(world: World, request: Any) -> Any:
     world.get_job(request.resource)
-    allowed = world.permissions
     return m.TestIamPermissionsResponse(
-        permissions=[one for one in request.permissions if allowed is None or one in allowed]
+        permissions=[one for one in request.permissions if world.permits(one, request.resource)]
     )
 
 
 def _lag(world: World, method: str) -> float:
+    """By how many seconds a list is behind (guess: lists_are_current)."""
     fault = world.faults.strike(Kind.STALE_LISTS, method)
     return fault.seconds if fault else 0.0
 
@@ -137,6 +137,7 @@ def _delete_execution(world: World, request: Any) -> Any:
 
 
 def _list_tasks(world: World, request: Any) -> Any:
+    """List the tasks of an execution (guess: task_order)."""
     lag = _lag(world, "Tasks.ListTasks")
     with world.lock:
         execution = world.execution(request.parent)

@@ -38,7 +38,10 @@ INIT_FAILED: Final = re.compile(r"\[FATAL tini \(\d+\)\] (exec .*)|ERROR \(catat
 """What the engine's first process writes in place of the program that it cannot start."""
 
 BY_SIGNAL: Final = 128
-"""Added to a signal's number it is the exit code of what the signal ended."""
+"""Added to a signal's number it is the exit code of what the signal ended.
+
+guess: container_signals.
+"""
 
 KILLED: Final = BY_SIGNAL + signal.SIGKILL
 
@@ -60,7 +63,7 @@ class ContainerRunner:
         network: the network of each container, by the engine's name for it. That of the machine
             reaches what listens on its loopback, such as other emulators.
         mounts: directories of this machine that each container has at the same path, to write too.
-        stop_grace: seconds between SIGTERM and SIGKILL.
+        stop_grace: seconds between SIGTERM and SIGKILL (guess: stop_grace).
         limit: containers at once.
     """
 

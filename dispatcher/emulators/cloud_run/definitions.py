@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from dispatcher.backends.cloud_run.names import RESERVED_NAMES, RESERVED_PREFIXES
 from dispatcher.emulators.cloud_run.messages import Job, TaskTemplate, seconds_of, set_seconds
-from dispatcher.emulators.cloud_run.quantities import DEFAULT_MEMORY, amount
+from dispatcher.emulators.cloud_run.quantities import DEFAULT_CPU, DEFAULT_MEMORY, amount
 from dispatcher.emulators.cloud_run.refusal import Code, Refused
 
 __all__ = [
@@ -50,6 +50,9 @@ MAX_NAME: Final = 63
 CPUS: Final = frozenset({"1", "2", "4", "8", "1000m", "2000m", "4000m", "8000m"})
 """vendor: ResourceRequirements.limits; clouds.md §1."""
 
+MOST_MEMORY: Final[Mapping[int, str]] = {1: "4Gi", 2: "8Gi", 4: "16Gi", 8: "32Gi"}
+"""Memory of a container at most, by its cpus (vendor: configuring/jobs/memory-limits)."""
+
 JOB_ID: Final = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 ENV_NAME: Final = re.compile(r"[^=\x00]+")
 RESERVED_LABELS: Final = (
@@ -75,7 +78,10 @@ def check_job_id(job_id: str) -> None:
 
 
 def check_token(job_id: str, token: str) -> None:
-    """Refuse a token of start_execution_token that is too long or cannot be in a name."""
+    """Refuse a token of start_execution_token that is too long or cannot be in a name.
+
+    The length: vendor: Job.start_execution_token; the letters are those of a name, RFC 1035.
+    """
     if len(job_id) + len(token) >= MAX_NAME:
         raise _wrong(
             f"job.start_execution_token: the name of the job and the token have "
@@ -89,7 +95,7 @@ def check_token(job_id: str, token: str) -> None:
 
 
 def check_job(job: Any) -> None:
-    """Refuse a job whose definition cannot be."""
+    """Refuse a job whose definition cannot be (vendor: Job, ExecutionTemplate, TaskTemplate)."""
     for label in job.labels:
         if label.partition("/")[0] in RESERVED_LABELS:
             raise _wrong(f"job.labels: {label!r} is in a reserved namespace.")
@@ -115,26 +121,39 @@ def check_job(job: Any) -> None:
 
 
 def _check_container(where: str, container: Any) -> None:
+    """Refuse a container that cannot be (vendor: Container; guess: little_memory)."""
     if not container.image:
         raise _wrong(f"{where}.image: required.")
     cpu = container.resources.limits.get("cpu")
     if cpu is not None and cpu not in CPUS:
         raise _wrong(f"{where}.resources.limits.cpu: {cpu!r} must be one of 1, 2, 4, 8.")
     memory = container.resources.limits.get("memory", DEFAULT_MEMORY)
+    most = MOST_MEMORY[int(amount(cpu or DEFAULT_CPU))]
     try:
-        amount(memory)
+        is_too_much = amount(memory) > amount(most)
     except ValueError as error:
         raise _wrong(f"{where}.resources.limits.memory: {error}.") from error
+    if is_too_much:
+        largest = MOST_MEMORY[max(MOST_MEMORY)]
+        if amount(memory) > amount(largest):
+            most = largest
+        raise _wrong(
+            f"{where}.resources.limits.memory: {memory!r} is more than {most}, the most "
+            f"{'there is' if most == largest else f'for {cpu or DEFAULT_CPU} cpu'}; see "
+            "https://cloud.google.com/run/docs/configuring/jobs/memory-limits."
+        )
     _check_args(f"{where}.args", container.args)
     _check_env(f"{where}.env", container.env)
 
 
 def _check_args(where: str, args: Any) -> None:
+    """Refuse too many arguments (clouds.md §2)."""
     if len(args) > MAX_ARGS:
         raise _wrong(f"{where}: {len(args)} arguments; at most {MAX_ARGS} are allowed.")
 
 
 def _check_env(where: str, env: Any) -> None:
+    """Refuse variables that cannot be (vendor: EnvVar; clouds.md §2; guess: reserved_env)."""
     if len(env) > MAX_ENV:
         raise _wrong(f"{where}: {len(env)} variables; at most {MAX_ENV} are allowed.")
     for one in env:
@@ -154,11 +173,13 @@ def _check_env(where: str, env: Any) -> None:
 
 
 def _check_task_count(where: str, count: int, *, unset: int) -> None:
+    """Refuse a number of tasks that is none or too large (clouds.md §3)."""
     if count != unset and not 1 <= count <= MAX_TASKS:
         raise _wrong(f"{where}: {count} must be between 1 and {MAX_TASKS}.")
 
 
 def _check_timeout(where: str, seconds: float) -> None:
+    """Refuse a timeout that is too short or too long (vendor: configuring/task-timeout)."""
     if not 1 <= seconds <= MAX_TIMEOUT:
         raise _wrong(f"{where}: {seconds:g}s must be between 1s and {MAX_TIMEOUT}s.")
 
@@ -228,6 +249,7 @@ def check_overrides(job: Any, overrides: Any) -> None:
 
 
 def _container_of(where: str, containers: Any, name: str) -> Any:
+    """Find what an override is for (vendor: ContainerOverride.name; guess: override_name)."""
     if not name:
         if len(containers) > 1:
             raise _wrong(f"{where}.name: required, as the job has {len(containers)} containers.")
@@ -260,6 +282,7 @@ def merge(job: Any, overrides: Any) -> tuple[Any, int]:
 
 
 def _merge_env(env: Any, changes: Iterable[Any]) -> None:
+    """Merge variables by name (clouds.md §3; guess: duplicate_env)."""
     places = {one.name: one for one in env}
     for change in changes:
         place = places.get(change.name)

@@ -238,7 +238,10 @@ class Executor:
         end: TaskEnd,
         moment: float,
     ) -> None:
-        """An attempt has ended: keep its result, and start what follows."""
+        """An attempt has ended: keep its result, and start what follows.
+
+        guess: failed_task_stops_nothing, retry_at_once, cancel_race, cancelled_tasks.
+        """
         if task.attempt != attempt or task.state is not TaskState.RUNNING:
             return
         for line in end.lines:
@@ -256,7 +259,7 @@ class Executor:
             self._settle(execution, task, TaskState.CANCELLED)
         elif task.result.code is Code.OK:
             self._settle(execution, task, TaskState.SUCCEEDED)
-        elif end.missing_image:
+        elif end.missing_image:  # guess: late_missing_image
             self._settle(execution, task, TaskState.FAILED)
             execution.missing_image = True
             execution.failure = task.result.message

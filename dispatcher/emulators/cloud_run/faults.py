@@ -4,8 +4,10 @@
     with emulator.faults.during(outage()):
         ...
 
-A fault is a value; `Faults` decides with a seeded generator whether it strikes. `from_json` reads
-the same from a file: `[{"fault": "lose_reply", "on": "Jobs.RunJob", "share": 0.3}]`.
+A fault is a value; `Faults` decides with a generator whether it strikes. Each fault has one of its
+own: with a seed, which of the calls that it looks at are struck does not depend on how those of
+other faults come in between. `from_json` reads the same from a file:
+`[{"fault": "lose_reply", "on": "Jobs.RunJob", "share": 0.3}]`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ __all__ = [
     "clock_skew",
     "fail_tasks",
     "forget",
+    "forget_running",
     "from_json",
     "kill_tasks",
     "lose_reply",
@@ -63,6 +66,9 @@ class Kind(StrEnum):
     FAIL_TASKS = "fail_tasks"
     FORGET = "forget"
     """The record of a completed execution vanishes."""
+
+    FORGET_RUNNING = "forget_running"
+    """The record of an execution vanishes while it runs; it runs on."""
 
     CLOCK_SKEW = "clock_skew"
     """Every time that is shown is off."""
@@ -235,6 +241,16 @@ def forget(
     return Fault(kind=Kind.FORGET, on=on, seconds=seconds, share=share, times=times)
 
 
+def forget_running(
+    seconds: float = 0.0, on: str = "*", *, share: float = 1.0, times: int | None = None
+) -> Fault:
+    """Lose the records of executions `seconds` after their launch, if they still run; they run on.
+
+    With 0 seconds the reply of the launch is all that is ever said of it.
+    """
+    return Fault(kind=Kind.FORGET_RUNNING, on=on, seconds=seconds, share=share, times=times)
+
+
 def clock_skew(seconds: float) -> Fault:
     """Shift every time that the API shows."""
     return Fault(kind=Kind.CLOCK_SKEW, seconds=seconds)
@@ -252,6 +268,7 @@ CONSTRUCTORS: Final[Mapping[str, Callable[..., Fault]]] = {
         kill_tasks,
         fail_tasks,
         forget,
+        forget_running,
         clock_skew,
     )
 }
@@ -302,8 +319,9 @@ def _fault(path: Path, number: int, given: Any) -> Fault:
 class _Live:
     """A fault that was added, and how often it matched and struck."""
 
-    def __init__(self, fault: Fault, now: float) -> None:
+    def __init__(self, fault: Fault, now: float, chance: random.Random) -> None:
         self.fault = fault
+        self.chance = chance
         self.begins = now + fault.starts
         self.ends = None if fault.lasts is None else self.begins + fault.lasts
         self.matched = 0
@@ -323,7 +341,8 @@ class Faults:
 
     def __init__(self, clock: Callable[[], float], seed: int | None = None) -> None:
         self._clock = clock
-        self._random = random.Random(seed)  # noqa: S311 - chance, and not secrecy
+        self._seed = seed
+        self._added = 0
         self._lock = threading.Lock()
         self._live: list[_Live] = []
         self.struck: Counter[str] = Counter()
@@ -334,9 +353,15 @@ class Faults:
         """Let faults strike from now on."""
         now = self._clock()
         with self._lock:
-            self._live += [_Live(fault, now) for fault in faults]
+            self._live += [_Live(fault, now, self._chance()) for fault in faults]
             stale = [fault.seconds for fault in faults if fault.kind is Kind.STALE_LISTS]
             self.history_seconds = max([self.history_seconds, *stale])
+
+    def _chance(self) -> random.Random:
+        """Make the generator of the next fault."""
+        self._added += 1
+        seed = None if self._seed is None else f"{self._seed}/{self._added}"
+        return random.Random(seed)  # noqa: S311 - chance, and not secrecy
 
     def remove(self, *faults: Fault) -> None:
         """Let them strike no more."""
@@ -380,7 +405,7 @@ class Faults:
         live.matched += 1
         if live.matched <= fault.skip or (fault.times is not None and live.struck >= fault.times):
             return False
-        if fault.share < 1 and self._random.random() >= fault.share:
+        if fault.share < 1 and live.chance.random() >= fault.share:
             return False
         live.struck += 1
         return True

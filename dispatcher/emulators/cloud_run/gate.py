@@ -111,7 +111,7 @@ class Gate:
             await asyncio.sleep(self._world.options.latency / 2)
 
     def _refuse(self, method: Method, request: Any) -> None:
-        """Refuse a call for what is not its content."""
+        """Refuse a call for what is not its content (google/rpc/code.proto)."""
         world = self._world
         fault = world.faults.strike(Kind.REFUSE, method.name)
         if fault is not None:
@@ -129,15 +129,12 @@ class Gate:
 
     def _permit(self, method: Method, request: Any) -> None:
         """Check what the caller may do (clouds.md §3)."""
-        allowed = self._world.permissions
-        if allowed is None:
-            return
         needed = [method.permission] if method.permission else []
         if method.rpc == "RunJob" and request.overrides.ByteSize():
             needed.append("run.jobs.runWithOverrides")
         subject = method.subject(request)
         for permission in needed:
-            if permission not in allowed:
+            if not self._world.permits(permission, subject):
                 raise Refused(
                     Code.PERMISSION_DENIED,
                     f"Permission '{permission}' denied on resource '{subject}' (or resource may "
@@ -147,7 +144,10 @@ class Gate:
                 )
 
     def _spend(self, method: Method, request: Any) -> None:
-        """Count a call against its quota per minute (clouds.md §3)."""
+        """Count a call against its quota per minute.
+
+        clouds.md §3; guess: minute, refused_calls_count.
+        """
         options = self._world.options
         if method.quota is None:
             return
@@ -173,7 +173,7 @@ class Gate:
             window.append(now)
 
     async def _lose(self, method: Method) -> None:
-        """Lose the reply of a call that had its effect."""
+        """Lose the reply of a call that had its effect (google/rpc/code.proto: UNAVAILABLE)."""
         fault = self._world.faults.strike(Kind.LOSE_REPLY, method.name)
         if fault is None:
             return
@@ -198,6 +198,7 @@ class Gate:
 
 
 def _over_quota(quota: str, whose: str) -> Refused:
+    """Tell of a quota that is used up (clouds.md §3: 429 with RATE_LIMIT_EXCEEDED)."""
     service = "logging.googleapis.com" if quota == "logs" else "run.googleapis.com"
     names = {
         "run": "Job run requests",

@@ -1,8 +1,9 @@
 """What the vendor's documents leave open, and how this emulator fills it: one table.
 
 Every other rule names the document that it follows beside the code: `clouds.md` is the project's
-own collection of facts, "vendor" is Google's reference of the Cloud Run Admin API v2. The page
-"Cloud Run" of the documentation prints this table.
+own collection of facts, "vendor" is Google's reference of the Cloud Run Admin API v2. A guess is
+named there too, as "guess: " and its key. The page "Cloud Run" of the documentation prints this
+table.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ GUESSES: Final[Mapping[str, str]] = {
     "INVALID_ARGUMENT, as users reported in 2023; the code and the words are guessed.",
     "not_ready_job": "RunJob of a job that is not ready, such as one whose image is missing, is "
     "refused with FAILED_PRECONDITION.",
+    "overrides_in_lists": "ListExecutions shows in an execution's template the variables and args "
+    "that its launch gave over the job's, and not the job's own.",
     "failed_task_stops_nothing": "A task that failed for good does not stop the other tasks; the "
     "execution ends when each has ended.",
     "retry_at_once": "A failed attempt is followed by the next one at once, before tasks that "
@@ -66,5 +69,9 @@ GUESSES: Final[Mapping[str, str]] = {
     "operation_error": "The operation of an execution that did not succeed ends with the error "
     "ABORTED and the message of its Completed condition.",
     "job_operations": "The operations of CreateJob, UpdateJob and DeleteJob are done at once.",
+    "little_memory": "Less memory than Google documents as the least, for a job or its cpus, is "
+    "taken, so that running out of it can be tried with little.",
+    "grants_on_jobs": "A grant on a job holds for its executions and tasks, and TestIamPermissions "
+    "of a job answers for these too. Lists over all jobs need a grant on the project.",
     "first_container": "Only the first container of a job is run; sidecars are kept, and ignored.",
 }

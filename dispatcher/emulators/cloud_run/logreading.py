@@ -36,7 +36,7 @@ DEFAULT_PAGE: Final = 50
 
 
 def list_log_entries(world: World, request: Any) -> Any:
-    """Answer ListLogEntries."""
+    """Answer ListLogEntries (vendor: ListLogEntriesRequest)."""
     projects = {name for name in request.resource_names if name.startswith("projects/")}
     if not projects:
         raise Refused(Code.INVALID_ARGUMENT, "resource_names: at least one project is required.")
@@ -85,6 +85,7 @@ def compile_filter(text: str) -> Test:
 
 
 def _unreadable(why: str) -> Refused:
+    """Tell that a filter is no filter (vendor: logging/view/logging-query-language)."""
     return Refused(Code.INVALID_ARGUMENT, f"Unparseable filter: {why}.")
 
 

@@ -19,7 +19,7 @@ def location_of(name: str) -> str:
 
 
 def check_location(parent: str) -> None:
-    """Refuse a parent that is no location."""
+    """Refuse a parent that is no location (vendor: CreateJobRequest.parent)."""
     if not re.fullmatch(r"projects/[^/]+/locations/[^/]+", parent):
         raise Refused(
             Code.INVALID_ARGUMENT,
@@ -28,7 +28,7 @@ def check_location(parent: str) -> None:
 
 
 def missing(kind: str, name: str) -> Refused:
-    """Tell that there is no JOB, EXECUTION or TASK of that name."""
+    """Tell that there is no JOB, EXECUTION or TASK of that name (google/rpc/code.proto)."""
     _, project, _, region = [*name.split("/"), *[""] * LOCATION_PARTS][:LOCATION_PARTS]
     return Refused(
         Code.NOT_FOUND,
@@ -38,5 +38,5 @@ def missing(kind: str, name: str) -> Refused:
 
 
 def changed(name: str) -> Refused:
-    """Tell that the etag given is not the current one."""
+    """Tell that the etag given is not the current one (vendor: Job.etag; google/rpc/code.proto)."""
     return Refused(Code.ABORTED, f"Conflict for resource '{name}': its etag has changed.")

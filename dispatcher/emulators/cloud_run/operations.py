@@ -29,7 +29,7 @@ class Operations:
         self._operations[execution.operation] = execution
 
     def finished(self, location: str, response: Any) -> Any:
-        """Make an operation that is done, and keep it."""
+        """Make an operation that is done, and keep it (guess: job_operations)."""
         operation = Operation(name=new_name(location), done=True)
         operation.metadata.Pack(response)
         operation.response.Pack(response)
@@ -40,7 +40,7 @@ class Operations:
         """Show an operation as it is now.
 
         Raises:
-            Refused: there is none of that name.
+            Refused: there is none of that name (google/longrunning/operations.proto).
         """
         operation = self._operations.get(name)
         if operation is None:

@@ -20,6 +20,8 @@ def page(
 ) -> tuple[list[Any], str]:
     """Return the records of one page, and the token of the next one; empty if there is none.
 
+    Google's rules for pages are google/aip/158; how many there are is a guess: page_size.
+
     Raises:
         Refused: the size is negative, or the token is none of ours.
     """
@@ -44,6 +46,7 @@ def _write(order: int) -> str:
 
 
 def _read(token: str) -> int:
+    """Read a token; one that is not ours is refused (google/aip/158)."""
     try:
         word, _, order = base64.urlsafe_b64decode(token.encode()).decode().partition(" ")
         if word == "after":

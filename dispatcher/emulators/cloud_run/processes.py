@@ -30,7 +30,7 @@ class ProcessRunner:
         images: the command that stands for an image's entrypoint, by the image's name. It is run
             where a job has no command of its own.
         env: variables for every task, below those of its container.
-        stop_grace: seconds between SIGTERM and SIGKILL.
+        stop_grace: seconds between SIGTERM and SIGKILL (guess: stop_grace).
         limit: processes at once.
     """
 

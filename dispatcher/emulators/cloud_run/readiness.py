@@ -43,7 +43,7 @@ def is_ready(job: Any) -> bool:
 
 
 def check_ready(job: Any) -> None:
-    """Refuse to run a job that is not ready."""
+    """Refuse to run a job that is not ready (guess: not_ready_job)."""
     if not is_ready(job):
         condition = job.terminal_condition
         raise Refused(

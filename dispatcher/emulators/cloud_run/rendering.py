@@ -81,7 +81,7 @@ def _execution_message(execution: ExecutionRecord, shown: Snapshot, skew: float)
         job=execution.job,
         parallelism=execution.parallelism,
         task_count=execution.task_count,
-        template=execution.template,
+        template=execution.template,  # guess: overrides_in_lists
         reconciling=shown.completed_at is None,
         observed_generation=1,
         running_count=shown.running,
@@ -224,7 +224,7 @@ def _set_result(message: Any, result: AttemptResult) -> None:
 
 
 def operation_message(execution: ExecutionRecord, skew: float = 0.0) -> Any:
-    """Show the operation that RunJob returned for an execution."""
+    """Show the operation that RunJob returned for an execution (guess: operation_error)."""
     shown = execution_message(execution, skew=skew)
     operation = Operation(name=execution.operation, done=execution.done)
     operation.metadata.Pack(shown)

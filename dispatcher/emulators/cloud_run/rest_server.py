@@ -137,6 +137,7 @@ async def _unless_left(
 
 
 def _route(verb: str, target: str) -> tuple[Method, dict[str, str]]:
+    """Find the method of a path (google/api/http.proto)."""
     path = unquote(urlsplit(target).path)
     for wanted, pattern, method in ROUTES:
         if wanted == verb and (match := pattern.fullmatch(path)):
@@ -149,7 +150,7 @@ def _route(verb: str, target: str) -> tuple[Method, dict[str, str]]:
 def _request(
     method: Method, fields: dict[str, str], query: list[tuple[str, str]], body: bytes
 ) -> Any:
-    """Put a request together from path, query and body."""
+    """Put a request together from path, query and body (google/api/http.proto)."""
     descriptor = method.request.DESCRIPTOR
     content: dict[str, Any] = {}
     try:

@@ -23,10 +23,14 @@ MEMORY_MESSAGE: Final = (
     "Memory limit of {limit} exceeded. Consider increasing the memory limit, see "
     "https://cloud.google.com/run/docs/configuring/memory-limits"
 )
+"""vendor: configuring/memory-limits; guess: memory_message."""
 
 
 def attempt_result(end: TaskEnd, stop: Stop | None, memory: str) -> AttemptResult:
-    """Say how an attempt ended; `memory` is the limit of its container."""
+    """Say how an attempt ended; `memory` is the limit of its container.
+
+    clouds.md §3 for code, exit code and signal; guess: task_status_codes, killed_is_failed.
+    """
     code = None if end.term_signal is not None else end.exit_code
     if stop is Stop.CANCEL:
         return AttemptResult(Code.CANCELLED, "The task was cancelled.", code, end.term_signal)

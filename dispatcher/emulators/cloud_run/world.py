@@ -52,7 +52,9 @@ class World:
     """Everything that exists in the emulated cloud.
 
     Attributes:
-        permissions: what the caller may do, such as `run.jobs.run`; None for everything.
+        permissions: what the caller may do in the project, such as `run.jobs.run`; None for
+            everything.
+        permissions_on: what it may do besides with single jobs, by their full names.
         authenticated: whether the caller's credentials are right.
         executed: every execution there ever was, in order, those that were deleted included.
         clock: seconds since 1970, as the world sees it.
@@ -66,6 +68,7 @@ class World:
         self.faults = faults
         self.clock = clock
         self.permissions: frozenset[str] | None = None
+        self.permissions_on: dict[str, frozenset[str]] = {}
         self.authenticated = True
         self.executed: list[ExecutionRecord] = []
         self.lock = threading.RLock()
@@ -144,6 +147,17 @@ class World:
         self.update_job(message, allow_missing=True)
         return str(message.name)
 
+    def permits(self, permission: str, subject: str) -> bool:
+        """Whether the caller may do that with what this names, by grants on it or above it.
+
+        A grant on a job holds for its executions and tasks, and never for lists of all jobs'
+        (`jobs/-`); guess: grants_on_jobs.
+        """
+        if self.permissions is None or permission in self.permissions:
+            return True
+        job = "/".join(subject.split("/")[:6])
+        return permission in self.permissions_on.get(job, frozenset())
+
     def advance(self, seconds: float) -> None:
         """Move the time on, for scripts that take hours."""
         self.clock.advance(seconds)
@@ -211,6 +225,7 @@ class World:
                 job.latest_created_execution.CopyFrom(old.latest_created_execution)
         stamp(job.update_time, now)
         judge(job, self.runner, self.options.secrets, now)
+        # Of the name and of a second token: guess: execution_token_name.
         started = f"{name}/executions/{name.rpartition('/')[2]}-{token}"
         known = old is not None and token in (old.start_execution_token, old.run_execution_token)
         starts = token and not known and started not in self._executions and is_ready(job)
@@ -225,7 +240,7 @@ class World:
         return self._operations.finished(location_of(name), self._shown_job(job))
 
     def _check_place(self, location: str) -> None:
-        """Refuse one job too many (clouds.md §3)."""
+        """Refuse one job too many (clouds.md §3; guess: too_many_jobs)."""
         limit = self.options.max_jobs
         if limit is None:
             return
@@ -289,7 +304,10 @@ class World:
     def run_job(
         self, name: str, overrides: Any, *, etag: str = "", validate_only: bool = False
     ) -> Any:
-        """Start an execution; returns its operation, whose metadata is the execution."""
+        """Start an execution; returns its operation, whose metadata is the execution.
+
+        clouds.md §3; guess: run_keeps_etag, first_container.
+        """
         with self.lock:
             job = self._job(name)
             if etag and etag != job.etag:
@@ -311,7 +329,7 @@ class World:
             return operation_message(execution, self.faults.skew())
 
     def _check_room(self, location: str) -> None:
-        """Refuse one execution too many (clouds.md §3)."""
+        """Refuse one execution too many (clouds.md §3; guess: too_many_running)."""
         limit = self.options.max_running
         if limit is None:
             return
@@ -329,7 +347,7 @@ class World:
     ) -> ExecutionRecord:
         template, task_count = definitions.merge(job, overrides)
         if task_count < job.template.parallelism:
-            # googleapis/google-cloud-node#4908: a run with fewer tasks than that is refused.
+            # googleapis/google-cloud-node#4908; guess: tasks_under_parallelism
             raise Refused(
                 Code.INVALID_ARGUMENT,
                 f"Violation in RunJobRequest.overrides.task_count: {task_count} must be at least "
@@ -369,6 +387,9 @@ class World:
             reference.completion_status = ExecutionReference.EXECUTION_RUNNING
             job.latest_created_execution.CopyFrom(reference)
             self._executor.launch(execution, now)
+            fault = self.faults.strike(Kind.FORGET_RUNNING, execution.job_id)
+            if fault is not None:
+                self.timetable.at(now + fault.seconds, lambda _: self._drop_running(execution))
         return execution
 
     def get_execution(self, name: str) -> Any:
@@ -408,7 +429,10 @@ class World:
             return execution_message(execution, snapshot, self.faults.skew())
 
     def cancel_execution(self, name: str, *, etag: str = "", validate_only: bool = False) -> Any:
-        """Begin to stop an execution; returns its operation."""
+        """Begin to stop an execution; returns its operation.
+
+        clouds.md §3; guess: cancel_too_late.
+        """
         with self.lock:
             execution = self._execution(name, etag)
             if execution.done:
@@ -426,7 +450,7 @@ class World:
             execution = self._execution(name, etag)
             now = self.clock()
             if not validate_only:
-                self._executor.stop_all(execution, Stop.KILL, now)
+                self._executor.stop_all(execution, Stop.KILL, now)  # guess: delete_running
                 self._drop(execution)
             shown = type(execution_message(execution))()
             shown.CopyFrom(execution_message(execution, skew=self.faults.skew()))
@@ -447,6 +471,10 @@ class World:
         completed = self._completed_of.get(execution.job)
         if completed is not None and execution in completed:
             completed.remove(execution)
+
+    def _drop_running(self, execution: ExecutionRecord) -> None:
+        if not execution.done:
+            self._drop(execution)
 
     def _completed(self, execution: ExecutionRecord) -> None:
         """Note a completion; keep the newest ones of the job only (clouds.md §3)."""
