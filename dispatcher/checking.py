@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final, Literal, Protocol
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,10 +17,20 @@ from dispatcher import queries, schema
 from dispatcher.backends.base import Backend, BackendError, Remark
 from dispatcher.backends.registry import make_backend
 from dispatcher.config import Config, Settings, Target, load_config, load_settings
-from dispatcher.errors import ConfigurationError, DispatcherError, SchemaMismatch, Unreachable
+from dispatcher.enqueueing import scheduled
+from dispatcher.errors import (
+    ConfigurationError,
+    DispatcherError,
+    InvalidInput,
+    SchemaMismatch,
+    Unreachable,
+)
+from dispatcher.items import is_uri
 from dispatcher.job import Job
-from dispatcher.queries import TargetView, WorkerView
+from dispatcher.moments import ago, ahead
+from dispatcher.queries import FiringView, TargetView, WorkerView
 from dispatcher.redaction import mask_url
+from dispatcher.schedule import FIRST_SEEN, MISSED, Schedule, next_due
 from dispatcher.storage import Storage
 from dispatcher.store import Store
 from dispatcher.storing import signs_results, signs_too_long, storage_need
@@ -50,7 +61,8 @@ class Finding:
     """One line of the check."""
 
     name: str
-    """What was looked at: settings, database, broker, jobs, job NAME, workers, target NAME."""
+    """What was looked at: settings, database, broker, storage, jobs, job NAME, schedule NAME,
+    workers, target NAME."""
 
     level: Literal["ok", "warn", "fail"]
     text: str
@@ -68,7 +80,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 
 def check_all(told: Told) -> Iterator[Finding]:
-    """Look at the settings, the servers, the jobs file, each job, the workers and the targets."""
+    """Look at the settings, the servers, the jobs file, each job and schedule, and who serves."""
     try:
         settings = load_settings(database_url=told.database_url, jobs=told.jobs)
     except ConfigurationError as error:
@@ -102,8 +114,14 @@ def check_all(told: Told) -> Iterator[Finding]:
                 settings.storage_url,
                 usable=settings.storage_url is not None and stored.level == "ok",
             )
+        workers = queries.workers(store) if database.level != "fail" else []
+        if config is not None:
+            fired = {}
+            if database.level != "fail":
+                fired = queries.last_firings(store, config.schedules)
+            yield from _schedules(config, fired, workers)
         if database.level != "fail":
-            yield from _service(queries.workers(store), rows, config)
+            yield from _service(workers, rows, config)
     finally:
         store.engine.dispose()
 
@@ -313,6 +331,49 @@ def _elsewhere(backend: Backend, row: TargetView | None) -> str | None:
         return None
     theirs = row.home.get("host")
     return None if theirs == home.get("host") else theirs
+
+
+def _schedules(
+    config: Config, fired: dict[str, FiringView], workers: list[WorkerView]
+) -> Iterator[Finding]:
+    """Say what became of the last due time of each schedule, and whether the next could fire."""
+    now = datetime.now(UTC)
+    alive = [worker for worker in workers if worker.alive]
+    elsewhere = bool(alive) and all(worker.host != socket.gethostname() for worker in alive)
+    for schedule in config.schedules.values():
+        name, todo = f"schedule {schedule.name}", f"mend the schedule in {config.source}"
+        told, made_one = _last_firing(schedule, fired.get(schedule.name), now)
+        try:
+            with scheduled(config.job(schedule.job), schedule, now):
+                pass  # made, and not written
+        except InvalidInput as error:
+            text = f"cannot be fired: {error}; {told}"
+            if elsewhere:  # a path may well be one of theirs
+                todo += ", unless the workers' hosts, which are others, have what is missing here"
+            elif schedule.items is not None and not is_uri(schedule.items):
+                todo += "; a relative path starts at the working directory of the workers"
+            yield Finding(name, "warn" if elsewhere else "fail", text, todo)
+            continue
+        if made_one:
+            yield Finding(name, "ok", told)
+        else:
+            later = "what is wrong was looked for here and not found: see that the next one fires"
+            yield Finding(name, "warn", told, later)
+
+
+def _last_firing(schedule: Schedule, last: FiringView | None, now: datetime) -> tuple[str, bool]:
+    """Tell of the last due time and the next, and whether all is as the schedule says."""
+    due = next_due(schedule, now)
+    then = "never due again" if due is None else f"next due {ahead(due, now)}"
+    if last is None:
+        return f"no worker has met it yet; {then}", True
+    when = ago(last.due_at, now)
+    if last.batch_id is not None:
+        return f"last due {when}: batch {last.batch_id}; {then}", True
+    reason = last.reason or "no reason was recorded"
+    if reason == FIRST_SEEN:
+        return f"not due yet since workers met it {when}; {then}", True
+    return f"last due {when}, and no batch: {reason}; {then}", reason.startswith(MISSED)
 
 
 def _service(

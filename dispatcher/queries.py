@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, NamedTuple
@@ -23,6 +23,7 @@ __all__ = [
     "Chunk",
     "ChunkStanding",
     "Event",
+    "FiringView",
     "Holder",
     "Live",
     "Standing",
@@ -39,6 +40,7 @@ __all__ = [
     "get_batch",
     "get_state",
     "holders",
+    "last_firings",
     "live",
     "read_batch",
     "standing",
@@ -460,6 +462,16 @@ class TargetView(NamedTuple):
     launch_bucket: Bucket
 
 
+class FiringView(NamedTuple):
+    """What became of a due time of a schedule."""
+
+    schedule: str
+    due_at: datetime
+    batch_id: str | None
+    reason: str | None
+    """Why there is no batch."""
+
+
 class Standing(NamedTuple):
     """What is stored of a batch beside its `BatchView`, and the database's time."""
 
@@ -591,6 +603,23 @@ def targets(store: Store) -> dict[str, TargetView]:
             view, bucket = tuple(row[:-4]), tuple(row[-4:])
             found[row[0]] = TargetView._make((*view, Bucket(*bucket)))
         return found
+
+
+def last_firings(store: Store, schedules: Iterable[str]) -> dict[str, FiringView]:
+    """Read the last recorded due time of schedules, by name; without those that have none."""
+    with store.transaction() as tx:
+        rows = store.run(
+            tx,
+            """
+            SELECT f.schedule, f.due_at, f.batch_id, f.reason
+            FROM unnest(CAST(:names AS text[])) n CROSS JOIN LATERAL (
+                SELECT * FROM dispatcher.schedule_firing
+                WHERE schedule = n ORDER BY due_at DESC LIMIT 1
+            ) f
+            """,
+            names=list(schedules),
+        )
+        return {row[0]: FiringView(*row) for row in rows}
 
 
 def standing(store: Store, batch_id: str) -> Standing:

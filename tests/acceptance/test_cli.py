@@ -879,6 +879,45 @@ def test_check_names_targets_that_nobody_serves_or_that_are_down(desk: Desk) -> 
     assert "nobody serves it: no worker that is alive has it in its jobs file\n" in ran.out
 
 
+SCHEDULE = """
+schedules:
+  nightly: {cron: "0 2 * * *", job: work, items: nightly.txt}
+"""
+
+
+def test_check_tells_of_a_schedule_that_cannot_be_fired_and_of_its_last_time(desk: Desk) -> None:
+    desk.jobs.write_text(desk.jobs.read_text().split("  missing:")[0] + SCHEDULE)
+    desk.lead()
+
+    def said() -> str:
+        lines = desk.run("check").out.splitlines()
+        [place] = [at for at, line in enumerate(lines) if "schedule nightly" in line]
+        return "\n".join(lines[place : place + 2])
+
+    assert "fail  schedule nightly cannot be fired: cannot read items from nightly.txt: " in said()
+    assert "; no worker has met it yet; next due in " in said()
+    assert desk.run("check").code == 1
+    desk.engine.fire()
+    assert "; not due yet since workers met it " in said()
+    # As if it had been due in between.
+    desk.sql(
+        "UPDATE dispatcher.schedule_firing SET due_at = now() - interval '2 days 1 minute 30 s'"
+    )
+    desk.engine.fire()
+    assert ", and no batch: cannot read items from nightly.txt: No such file" in said()
+    # Where the workers are elsewhere, so may the file be.
+    desk.sql("UPDATE dispatcher.worker SET host = 'far'")
+    assert said().startswith("warn  schedule nightly cannot be fired: ")
+    desk.lead()
+    (desk.folder / "nightly.txt").write_text("a\n")
+    assert said().startswith("warn  schedule nightly last due ")
+    assert desk.run("check").code == 0
+    desk.sql("UPDATE dispatcher.schedule_firing SET due_at = due_at - interval '40 days'")
+    [batch_id] = desk.engine.fire()
+    assert said().startswith("ok    schedule nightly last due ")
+    assert f": batch {batch_id}; next due in " in said()
+
+
 def test_check_leaves_a_job_to_the_only_host_that_can_run_it(desk: Desk) -> None:
     desk.lead()
     desk.sql("""UPDATE dispatcher.target SET home = '{"host": "far"}' WHERE name = 'here'""")
