@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, Literal, Protocol
 from urllib.parse import parse_qs, urlsplit
 
@@ -27,7 +27,7 @@ from dispatcher.errors import (
 )
 from dispatcher.items import is_uri
 from dispatcher.job import Job
-from dispatcher.moments import ago, ahead
+from dispatcher.moments import ago, ahead, span
 from dispatcher.queries import FiringView, TargetView, WorkerView
 from dispatcher.redaction import mask_url
 from dispatcher.schedule import FIRST_SEEN, MISSED, Schedule, next_due
@@ -95,6 +95,7 @@ def check_all(told: Told) -> Iterator[Finding]:
         stored = _storage(settings)
         yield stored
         config = None
+        reached: set[str] = set()
         if settings.jobs is None:
             text = "DISPATCHER_JOBS is not set: enqueueing by name and workers need it"
             yield Finding("jobs", "warn", text, "set it to a YAML file or a Python module")
@@ -112,6 +113,7 @@ def check_all(told: Told) -> Iterator[Finding]:
                 config,
                 rows,
                 settings.storage_url,
+                reached,
                 usable=settings.storage_url is not None and stored.level == "ok",
             )
         workers = queries.workers(store) if database.level != "fail" else []
@@ -121,7 +123,7 @@ def check_all(told: Told) -> Iterator[Finding]:
                 fired = queries.last_firings(store, config.schedules)
             yield from _schedules(config, fired, workers)
         if database.level != "fail":
-            yield from _service(workers, rows, config)
+            yield from _service(workers, rows, config, reached, settings.lease)
     finally:
         store.engine.dispose()
 
@@ -246,9 +248,17 @@ def _ping(url: str) -> str | None:
 
 
 def _jobs(
-    config: Config, rows: dict[str, TargetView], storage_url: str | None, *, usable: bool
+    config: Config,
+    rows: dict[str, TargetView],
+    storage_url: str | None,
+    reached: set[str],
+    *,
+    usable: bool,
 ) -> Iterator[Finding]:
-    """Ask each job's backend whether it could run, and whether its tasks reach the storage."""
+    """Ask each job's backend whether it could run, and whether its tasks reach the storage.
+
+    The targets that answered are added to `reached`.
+    """
     backends = {name: make_backend(target) for name, target in config.targets.items()}
     signing: list[Remark] | None = None
     for job in config.jobs.values():
@@ -266,6 +276,8 @@ def _jobs(
             text = f"target {job.target} cannot be asked: {error}"
             yield Finding(name, "fail", text, unreachable=True)
             continue
+        if all(remark.level != "fail" for remark in remarks):  # some fail before anything is asked
+            reached.add(job.target)
         remarks = [*remarks, *_stored(job, config.targets[job.target], backend, storage_url)]
         if usable and signs_results(job):
             if signing is None:  # once for all jobs: the storage is the same
@@ -377,31 +389,62 @@ def _last_firing(schedule: Schedule, last: FiringView | None, now: datetime) -> 
 
 
 def _service(
-    workers: list[WorkerView], rows: dict[str, TargetView], config: Config | None
+    workers: list[WorkerView],
+    rows: dict[str, TargetView],
+    config: Config | None,
+    reached: set[str],
+    lease: timedelta,
 ) -> Iterator[Finding]:
-    """Say who is alive, and which targets nobody serves."""
+    """Say who is alive, and which targets nobody serves; `reached` are those that answered here."""
     alive = [worker for worker in workers if worker.alive]
     if not alive:
         text = f"none has been alive for {queries.SILENT} s: nothing moves"
         todo = "start one, as the Procfile says, or all of it with `dispatcher standalone`"
         yield Finding("workers", "fail", text, todo)
         return
-    names = ", ".join(worker.id for worker in alive)
-    yield Finding("workers", "ok", f"{len(alive)} alive: {names}")
+    silent = [worker for worker in alive if worker.silence > lease]
+    names = ", ".join(
+        worker.id + (f" (not heard of for {span(worker.silence)})" if worker in silent else "")
+        for worker in alive
+    )
+    if len(silent) == len(alive):
+        todo = "see whether they are stopped, paused or overloaded, and start them again if so"
+        yield Finding("workers", "warn", f"{len(alive)} may be alive: {names}", todo)
+    else:
+        yield Finding("workers", "ok", f"{len(alive)} alive: {names}")
     for name in rows if config is None else config.targets:
-        row = rows.get(name)
-        label = f"target {name}"
+        yield _served(name, rows.get(name), alive, reached=name in reached)
+
+
+def _served(
+    name: str, row: TargetView | None, alive: list[WorkerView], *, reached: bool
+) -> Finding:
+    """Say who serves a target, and whether it answers."""
+    label = f"target {name}"
+    if row is None or not row.leased:
+        lost = None if row is None else queries.silent_leader(row, alive)
+        if lost is not None:
+            text = (
+                f"nobody serves it now: its worker {lost.id} has not been heard of for "
+                f"{span(lost.silence)}, and its lease has run out"
+            )
+            todo = (
+                "another worker that has it in its jobs file takes it over within seconds; if "
+                f"there is none, see whether {lost.id} is stopped, paused or overloaded"
+            )
+            return Finding(label, "fail", text, todo)
         problems = {
             worker.problems[name]
             for worker in alive
             if name in worker.problems and LED_ELSEWHERE not in worker.problems[name]
         }
-        if row is None or not row.leased:
-            why = "; ".join(sorted(problems)) or "no worker that is alive has it in its jobs file"
-            todo = "give the workers the same DISPATCHER_JOBS, and restart them"
-            yield Finding(label, "fail", f"nobody serves it: {why}", todo)
-        elif row.down_since is not None:
-            text = f"does not answer since {row.down_since:%Y-%m-%d %H:%M:%SZ}: {row.down_reason}"
-            yield Finding(label, "fail", text, unreachable=True)
-        else:
-            yield Finding(label, "ok", f"is led by {row.lease_owner}")
+        why = "; ".join(sorted(problems)) or "no worker that is alive has it in its jobs file"
+        todo = "give the workers the same DISPATCHER_JOBS, and restart them"
+        return Finding(label, "fail", f"nobody serves it: {why}", todo)
+    if row.down_since is None:
+        return Finding(label, "ok", f"is led by {row.lease_owner}")
+    since = f"since {row.down_since:%Y-%m-%d %H:%M:%SZ}: {row.down_reason}"
+    if reached:
+        text = f"answers this check; the workers have had no answer {since}"
+        return Finding(label, "warn", text, "they say so until their next call there is answered")
+    return Finding(label, "fail", f"does not answer {since}", unreachable=True)

@@ -236,6 +236,16 @@ def _service(case: _Case) -> Iterator[Point]:
             {"target": batch.target, "host": home},
         )
         return
+    lost = None if target is None else queries.silent_leader(target, case.alive)
+    if lost is not None:
+        yield Point(
+            "silent_worker",
+            f"Nobody serves target {batch.target} now: its worker {lost.id} has not been heard of "
+            f"since {ago(lost.heartbeat_at, now)}, and its lease has run out; another worker that "
+            "has the target in its jobs file takes over within seconds.",
+            {"target": batch.target, "worker": lost.id, "last_heartbeat": lost.heartbeat_at},
+        )
+        return
     led = None if target is None or target.lease_until is None else target.lease_until
     since = "" if led is None else f" since {ago(led, now)}"
     why = "; ".join(sorted(set(problems.values())))

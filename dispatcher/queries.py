@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
@@ -43,6 +43,7 @@ __all__ = [
     "last_firings",
     "live",
     "read_batch",
+    "silent_leader",
     "standing",
     "targets",
     "troubled",
@@ -444,6 +445,9 @@ class WorkerView(NamedTuple):
     alive: bool
     """Whether it has said so within the last minute, and has not stopped since."""
 
+    silence: timedelta
+    """Since its last heartbeat."""
+
 
 class TargetView(NamedTuple):
     """A target, as its last leaseholder was configured and as its last calls went."""
@@ -574,7 +578,8 @@ def workers(store: Store) -> list[WorkerView]:
             tx,
             f"""
             SELECT id, host, pid, version, code_version, problems, heartbeat_at,
-                stopped_at IS NULL AND heartbeat_at > now() - interval '{SILENT} seconds'
+                stopped_at IS NULL AND heartbeat_at > now() - interval '{SILENT} seconds',
+                now() - heartbeat_at
             FROM dispatcher.worker ORDER BY heartbeat_at DESC, id
             """,  # noqa: S608 - a constant of this module
         )
@@ -603,6 +608,16 @@ def targets(store: Store) -> dict[str, TargetView]:
             view, bucket = tuple(row[:-4]), tuple(row[-4:])
             found[row[0]] = TargetView._make((*view, Bucket(*bucket)))
         return found
+
+
+def silent_leader(target: TargetView, alive: Iterable[WorkerView]) -> WorkerView | None:
+    """Name the worker that led a target until its lease ran out, unheard of since; else None."""
+    until = target.lease_until
+    if target.leased or until is None:
+        return None
+    return next(
+        (one for one in alive if one.id == target.lease_owner and one.heartbeat_at < until), None
+    )
 
 
 def last_firings(store: Store, schedules: Iterable[str]) -> dict[str, FiringView]:

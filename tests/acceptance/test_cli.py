@@ -869,14 +869,46 @@ def test_check_is_content_with_an_installation_that_works(desk: Desk, valkey: st
 
 
 def test_check_names_targets_that_nobody_serves_or_that_are_down(desk: Desk) -> None:
+    no_job = '  far: {backend: "null"}\njobs:\n'
+    desk.jobs.write_text(desk.jobs.read_text().replace("jobs:\n", no_job))
     desk.lead()
     store = desk.engine.store
-    store.target_down("nowhere", "connection refused", resume_in=None)
-    desk.sql("UPDATE dispatcher.target SET lease_until = now() WHERE name = 'here'")
+    store.target_down("far", "connection refused", resume_in=None)
+    desk.sql(
+        "UPDATE dispatcher.target SET lease_until = now(), lease_owner = NULL WHERE name = 'here'"
+    )
     ran = desk.run("check")
     assert ran.code == 4
     assert "does not answer since 20" in ran.out
     assert "nobody serves it: no worker that is alive has it in its jobs file\n" in ran.out
+
+
+def test_check_says_what_it_saw_of_a_target_that_did_not_answer_the_workers(desk: Desk) -> None:
+    desk.jobs.write_text(desk.jobs.read_text().split("  missing:")[0])
+    desk.lead()
+    desk.engine.store.target_down("nowhere", "connection refused", resume_in=None)
+    said = desk.ok("check").out
+    assert (
+        "warn  target nowhere answers this check; the workers have had no answer since 20" in said
+    )
+    assert "→ they say so until their next call there is answered" in said
+
+
+def test_a_worker_that_fell_silent_is_the_reason_that_nobody_serves_its_targets(
+    desk: Desk,
+) -> None:
+    batch_id = desk.enqueue("work", "--item", "a")
+    desk.lead()
+    desk.sql("UPDATE dispatcher.worker SET heartbeat_at = now() - interval '30 s'")
+    desk.sql("UPDATE dispatcher.target SET lease_until = now() - interval '15 s'")
+    said = desk.run("check").out
+    assert "warn  workers   1 may be alive: worker-1 (not heard of for 3" in said
+    assert "target nowhere nobody serves it now: its worker worker-1 has not been heard of" in said
+    assert "jobs file of" not in said
+    assert "the same DISPATCHER_JOBS" not in said
+    told = desk.ok("explain", batch_id).out
+    assert "Nobody serves target nowhere now: its worker worker-1 has not been heard of" in told
+    assert "takes over within seconds" in told
 
 
 SCHEDULE = """
