@@ -724,8 +724,13 @@ def cancel(scope: Scope, batch: str, *, wait: bool, reason: str) -> int:
         else:
             live = view.counts.get(ChunkState.RUNNING, 0) + view.counts.get(ChunkState.LAUNCHING, 0)
             screen.line(
-                f"{view.id} {view.state}: its cancel is asked for; {live:,} chunks still run and "
-                "are being stopped"
+                f"{view.id} {view.state}: its cancel is asked for; "
+                + (
+                    "1 chunk still runs and is"
+                    if live == 1
+                    else f"{live:,} chunks still run and are"
+                )
+                + " being stopped"
             )
         if view.finished and view.state is not BatchState.CANCELLED:
             screen.note(f"batch {view.id} had {view.state} before it could be cancelled")

@@ -455,12 +455,13 @@ def audit_text(line: AuditLine) -> str:
     """Write one line of the audit for people."""
     event = line.event
     what = f"{event.kind} {event.batch_id or ''}".rstrip()
+    if event.kind == "execution":
+        what = f"execution {event.execution_id}"
+        what += f" of {event.batch_id}" if event.batch_id else ""
     if event.chunk_index is not None:
         what += f"/{event.chunk_index}"
     if event.attempt is not None:
         what += f" attempt {event.attempt}"
-    if event.kind == "execution":
-        what += f" execution {event.execution_id}"
     moved = ""
     if event.new is not None:
         moved = f"{event.old or 'new'} → {event.new}"

@@ -752,6 +752,7 @@ def test_audit_tells_who_ran_what_with_which_params(desk: Desk) -> None:
     text = desk.ok("audit").out
     assert f"  ann@desk  batch {batch_id}  new → planning  job=measured target=nowhere" in text
     assert f"  worker-1  chunk {batch_id}/0 attempt 1  running → succeeded" in text
+    assert f"  execution {intent['execution']} of {batch_id}  new → intended  " in text
     assert "xyzzy" not in text
     assert desk.ok("audit", "--since", "2999-01-01").out == ""
     assert desk.ok("audit", "--until", "1h").out == ""
@@ -808,7 +809,7 @@ def test_cancel_asks_and_with_wait_sees_it_done(desk: Desk) -> None:
     until(lambda: (desk.turn(), desk.world.running())[1], "a running chunk")
     ran = desk.ok("cancel", batch_id, "--reason", "wrong month")
     assert ran.out == (
-        f"{batch_id} running: its cancel is asked for; 1 chunks still run and are being stopped\n"
+        f"{batch_id} running: its cancel is asked for; 1 chunk still runs and is being stopped\n"
     )
     with working(desk):
         ran = desk.ok("cancel", batch_id, "--wait")
