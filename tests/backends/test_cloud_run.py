@@ -518,6 +518,11 @@ def test_what_the_client_raises_at_a_launch_is_a_refusal_a_not_now_or_open(
     assert str(told).startswith("cannot run it: ")
 
 
+def test_what_is_to_be_done_follows_what_the_provider_said_without_its_stop() -> None:
+    told = str(failures.at_launch(api.NotFound("Job x does not exist."), "cannot run it"))
+    assert "Job x does not exist; " in told
+
+
 def test_old_front_ends_say_forbidden_for_a_rate() -> None:
     info = error_details_pb2.ErrorInfo(reason="RATE_LIMIT_EXCEEDED")
     told = failures.at_launch(api.Forbidden("slow down", error_info=info), "x")
