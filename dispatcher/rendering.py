@@ -251,8 +251,13 @@ def batch_row(batch: BatchView, now: datetime) -> tuple[str, ...]:
         progress_text(batch),
         ago(batch.created_at, now),
         batch.actor,
-        batch.reason or "",
+        _first_line(batch.reason),
     )
+
+
+def _first_line(reason: str | None) -> str:
+    """Give what a reason says; `show` and `explain` give the lines under it too."""
+    return (reason or "").partition("\n")[0]
 
 
 def progress_text(batch: BatchView) -> str:
@@ -271,7 +276,7 @@ def _counts_text(batch: BatchView) -> str:
 def summary(batch: BatchView, now: datetime) -> str:
     """Say in a line how a batch ended, or where it is."""
     took = span((batch.finished_at or now) - batch.created_at)
-    reason = f"; {batch.reason}" if batch.reason else ""
+    reason = f"; {_first_line(batch.reason)}" if batch.reason else ""
     word = "after" if batch.finished else "since"
     return f"{batch.id} {batch.state} {word} {took}: {progress_text(batch)}{reason}"
 

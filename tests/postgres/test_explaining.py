@@ -12,6 +12,7 @@ from workbench import HERE, LEASE, Bench, job
 from dispatcher.errors import InvalidInput, UnknownBatch
 from dispatcher.explaining import Explanation, explain
 from dispatcher.moments import clock
+from dispatcher.rendering import batch_row, summary
 from dispatcher.states import Outcome
 from dispatcher.testing import Ending, Fault
 
@@ -798,6 +799,23 @@ def test_a_batch_that_could_not_be_planned_says_why(make_bench: MakeBench) -> No
         f"It failed just now ({at(bench)}) unplanned: item 1 is no object, so it has no 'bytes'"
     )
     assert said.text.endswith(f"`dispatcher retry --failed {batch.id}` plans it again.")
+
+
+def test_what_an_item_source_wrote_comes_in_lines_after_the_sentence(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(job(chunk={"max_items": 2, "balance_by": "bytes"}))
+    batch = bench.enqueue([1])
+    bench.plan()
+    why = "item source 'm:f': f() raised ValueError: boom\nThe last it wrote:\n  Traceback"
+    bench.sql("UPDATE dispatcher.batch SET reason = :why", why=why)
+    assert told(bench, batch).text == (
+        f"It failed just now ({at(bench)}) unplanned: item source 'm:f': f() raised ValueError: "
+        "boom.\nThe last it wrote:\n  Traceback\n"
+        f"`dispatcher retry --failed {batch.id}` plans it again."
+    )
+    assert batch_row(batch.refresh(), bench.at)[-1] == why.partition("\n")[0]
+    assert summary(batch.refresh(), bench.at).endswith("boom")
 
 
 def test_a_cancelled_batch_says_by_whom_and_what_had_succeeded(make_bench: MakeBench) -> None:
