@@ -397,7 +397,8 @@ def _followed(dispatcher: Dispatcher, screen: Screen, batch_id: str, *, every: b
     with screen.following(batch_id) as follower:
         while True:
             batch = dispatcher.get(batch_id)
-            follower.show(batch)
+            waits = batch.counts.get(ChunkState.PENDING)
+            follower.show(batch, queries.next_retry(dispatcher.store, batch_id) if waits else None)
             if batch.finished:
                 return batch
             document = rendering.batch_document(batch)

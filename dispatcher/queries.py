@@ -26,6 +26,7 @@ __all__ = [
     "FiringView",
     "Holder",
     "Live",
+    "Retry",
     "Standing",
     "TargetView",
     "WorkerView",
@@ -42,6 +43,7 @@ __all__ = [
     "holders",
     "last_firings",
     "live",
+    "next_retry",
     "read_batch",
     "silent_leader",
     "standing",
@@ -551,6 +553,18 @@ class Holder(NamedTuple):
     executions: int
 
 
+class Retry(NamedTuple):
+    """The retry of a batch that is due next."""
+
+    chunk_index: int
+    due_at: datetime
+    reason: str | None
+    """How the last attempt ended, and what was decided then."""
+
+    chunks: int
+    """Chunks that wait for their retry, this one included."""
+
+
 class ChunkStanding(NamedTuple):
     """What is stored of a chunk beside its `Chunk`."""
 
@@ -794,6 +808,21 @@ def ahead(store: Store, target: str, priority: int) -> list[tuple[str, str, int]
             priority=priority,
         )
         return [(row[0], row[1], row[2]) for row in rows]
+
+
+def next_retry(store: Store, batch_id: str) -> Retry | None:
+    """Read which chunk of a batch is tried again next, and when; None if none waits for that."""
+    with store.transaction() as tx:
+        row = store.run(
+            tx,
+            """
+            SELECT index, due_at, reason, (count(*) OVER ())::int FROM dispatcher.chunk
+            WHERE batch_id = :id AND state = 'pending' AND due_at > now() AND outcome IS NOT NULL
+            ORDER BY due_at, index LIMIT 1
+            """,
+            id=batch_id,
+        ).first()
+        return None if row is None else Retry(*row)
 
 
 def chunk_standing(store: Store, batch_id: str, index: int) -> ChunkStanding:

@@ -483,6 +483,25 @@ def test_waiting_with_json_gives_one_document(desk: Desk) -> None:
     assert batch["state"] == "succeeded"
 
 
+def test_watch_says_what_failed_and_when_it_is_tried_again(desk: Desk) -> None:
+    again = "retry: {attempts: 2, initial: 1h, max: 1h, jitter: false}"
+    desk.jobs.write_text(desk.jobs.read_text().replace("retry: {attempts: 1}", again, 1))
+    desk.world.script = lambda *_: Ending(Outcome.FAILED, exit_code=3, reason="no such table")
+    batch_id = desk.enqueue("work", "--item", "a")
+    desk.lead()
+    waits = "SELECT 1 FROM dispatcher.chunk WHERE state = 'pending' AND outcome = 'failed'"
+    until(lambda: (desk.turn(), desk.sql(waits))[1], "a chunk that failed")
+    process = desk.spawn("watch", batch_id, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    line = process.stdout.readline().decode()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert "running  0/1 chunks: 1 pending; retry of chunk 0 at " in line
+    assert line.endswith(
+        "Z: failed with exit code 3; retry in 1h, 1 of 2 attempts used: no such table\n"
+    )
+
+
 def test_interrupting_watch_says_that_the_batch_goes_on(desk: Desk) -> None:
     batch_id = desk.enqueue("work", "--item", "a")
     process = desk.spawn("watch", batch_id, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
