@@ -36,6 +36,7 @@ from dispatcher.backends.cloud_run import (
     outcomes,
 )
 from dispatcher.backends.cloud_run.checking import on_paper
+from dispatcher.backends.cloud_run.reading import launched_as
 from dispatcher.job import Chunking, Job
 from dispatcher.states import Outcome
 
@@ -153,6 +154,17 @@ def test_a_handle_is_the_full_name_and_leads_to_the_console() -> None:
     )
     assert "etl-abcde" in name.logs_url
     assert "\n" not in name.logs_url
+
+
+def test_only_what_runs_at_google_is_linked_to_its_console() -> None:
+    name = names.read_handle(HANDLE)
+    assert name is not None
+    there = launched_as(CloudRunSettings.model_validate(PLACE), name, "k")
+    assert (there.console_url, there.logs_url) == (name.console_url, name.logs_url)
+    emulator = {**PLACE, "endpoint": "localhost:8080", "insecure": True}
+    assert launched_as(CloudRunSettings.model_validate(emulator), name, "k", "https://x") == (
+        Launched(HANDLE, "k")
+    )
 
 
 @given(st.text())
