@@ -780,6 +780,8 @@ def apply(scope: Scope, names: Sequence[str], *, yes: bool, check_only: bool) ->
             written[defined.job.name] = applying.write(defined)
             if not screen.as_json:
                 screen.line(f"applied {written[defined.job.name]}")
+            for problem in applying.unfit(defined):
+                screen.note(problem)
     if screen.as_json:
         screen.document(
             [

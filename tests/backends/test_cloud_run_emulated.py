@@ -42,6 +42,7 @@ from dispatcher.emulators.cloud_run.faults import (
     stale_lists,
 )
 from dispatcher.emulators.cloud_run.options import EmulatorOptions
+from dispatcher.emulators.cloud_run.scripted import ScriptRunner
 from dispatcher.job import Job
 from dispatcher.states import Outcome
 
@@ -924,6 +925,18 @@ def test_apply_shows_the_difference_first_and_writes_when_told_to(
     assert json.loads(out) == [
         {"job": "nightly", "target": "cloud", "changes": [], "applied": None}
     ]
+
+
+def test_apply_says_that_what_it_wrote_cannot_run_yet(jobs_file: str) -> None:
+    document = json.loads(Path(jobs_file).read_text())
+    with CloudRunEmulator(runner=ScriptRunner(images={"another"})) as emulator:
+        document["targets"]["cloud"]["endpoint"] = emulator.grpc_address
+        Path(jobs_file).write_text(json.dumps(document))
+        code, out, err = run_apply("--jobs", jobs_file, "--yes")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("applied ")
+    assert "job nightly cannot run yet: " in err
+    assert "img:1" in err
 
 
 def test_apply_refuses_a_job_without_a_definition_by_name(cloud: Cloud, jobs_file: str) -> None:
