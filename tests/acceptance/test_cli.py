@@ -1137,7 +1137,7 @@ def test_an_item_that_is_too_large(desk: Desk) -> None:
         "into storage and let the item name it"
     )
     assert desk.refused("enqueue", "work", "--item", "y" * (1 << 20)) == (
-        "error: item 1 is 1,048,578 bytes as JSON and an item may have 1,048,576: put the data "
+        "error: item 0 is 1,048,578 bytes as JSON and an item may have 1,048,576: put the data "
         "into storage and let the item name it"
     )
 

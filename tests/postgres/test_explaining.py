@@ -796,7 +796,7 @@ def test_a_batch_that_could_not_be_planned_says_why(make_bench: MakeBench) -> No
     said = told(bench, batch)
     assert codes(said) == ["failed", "retry"]
     assert said.text.startswith(
-        f"It failed just now ({at(bench)}) unplanned: item 1 is no object, so it has no 'bytes'"
+        f"It failed just now ({at(bench)}) unplanned: item 0 is no object, so it has no 'bytes'"
     )
     assert said.text.endswith(f"`dispatcher retry --failed {batch.id}` plans it again.")
 

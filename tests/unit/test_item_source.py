@@ -181,9 +181,9 @@ def test_a_deep_traceback_keeps_its_head_and_its_last_calls(write: Write, run: R
         ("def items(): return 'abc'", "listing:items", "what items() returns must be a list or "),
         ("def items(): pass", "listing:items", "what items() returns must be a list or another "),
         ("async def items(): pass", "listing:items", "what items() returns must be a list or ano"),
-        ("def items(): yield {1}", "listing:items", "item 1 is a set, which is not a JSON value:"),
+        ("def items(): yield {1}", "listing:items", "item 0 is a set, which is not a JSON value:"),
         ("import sys\ndef items(): yield sys.exit(4)", "listing:items", "items() raised SystemEx"),
-        (f"def items(): yield 'x' * {MAX_ITEM_BYTES}", "listing:items", "item 1 is 1,048,578 byt"),
+        (f"def items(): yield 'x' * {MAX_ITEM_BYTES}", "listing:items", "item 0 is 1,048,578 byt"),
     ],
 )
 def test_a_source_that_cannot_be_used_says_why(
