@@ -106,7 +106,9 @@ def check_all(told: Told) -> Iterator[Finding]:
                 yield Finding("jobs", "fail", str(error), "mend the file and check again")
         rows = queries.targets(store) if database.level != "fail" else {}
         if config is not None:
-            text = f"{len(config.jobs)} jobs on {len(config.targets)} targets in {config.source}"
+            jobs = f"{len(config.jobs)} job{'' if len(config.jobs) == 1 else 's'}"
+            targets = f"{len(config.targets)} target{'' if len(config.targets) == 1 else 's'}"
+            text = f"{jobs} on {targets} in {config.source}"
             yield Finding("jobs", "ok", text)
             # Of one that cannot be used at all it was said above; jobs are looked at beside it.
             yield from _jobs(

@@ -328,7 +328,8 @@ def _cancelling(case: _Case, at: datetime, live: Mapping[str, Live]) -> Point:
         "confirmed": ended,
         "unsent": unsent,
     }
-    text += f"; {ended} of {total} executions are confirmed to have ended"
+    are = "is" if 1 in (ended, total) else "are"
+    text += f"; {ended} of {_executions(total)} {are} confirmed to have ended"
     if unsent > 1:
         text += f", the cancels of {unsent:,} are still to be sent"
         rate = case.limit("writes_per_minute")

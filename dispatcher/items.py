@@ -248,7 +248,7 @@ def encode_items(values: Iterable[object]) -> Iterator[str]:
     """Give the compact JSON text of each value.
 
     Raises:
-        InvalidItems: naming the position (from 0, as everywhere), type and value of one that is not JSON.
+        InvalidItems: naming the position (from 0), type and value of one that is not JSON.
     """
     for position, value in enumerate(values):
         try:

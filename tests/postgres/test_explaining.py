@@ -600,7 +600,7 @@ def test_a_cancel_says_who_asked_when_and_what_is_confirmed(bench: Bench) -> Non
     assert (found["actor"], found["executions"], found["confirmed"]) == ("app", 3, 1)
     next_call = bench.sql("SELECT min(next_cancel_at) FROM dispatcher.execution")[0]
     assert text(said, "cancelling").startswith(
-        f"app asked 3 s ago ({at(bench, -3)}) for its cancel (wrong month); 1 of 3 executions are "
+        f"app asked 3 s ago ({at(bench, -3)}) for its cancel (wrong month); 1 of 3 executions is "
         "confirmed to have ended, and the provider is asked again in "
         f"{(next_call - bench.at).total_seconds():.0f} s "
     )
@@ -654,7 +654,7 @@ def test_a_batch_past_its_deadline_is_being_ended(bench: Bench) -> None:
     bench.plan()
     assert text(told(bench, batch), "cancelling").startswith(
         f"It is being ended since {at(bench)} (just now): the batch's deadline passed; 0 of 1 "
-        "executions are confirmed to have ended, and the provider is asked again at once"
+        "execution is confirmed to have ended, and the provider is asked again at once"
     )
 
 
