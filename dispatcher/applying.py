@@ -19,7 +19,7 @@ from dispatcher.config import Config
 from dispatcher.errors import ConfigurationError, InvalidInput, Unreachable
 from dispatcher.job import Job
 
-__all__ = ["Defined", "compare", "write"]
+__all__ = ["Defined", "compare", "unfit", "write"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class Defined:
     backend: Definable
     options: BaseModel
     changes: Sequence[Change]
+    asked: Backend
+    """The same as `backend`, for what every backend can."""
 
 
 def compare(config: Config, names: Sequence[str]) -> list[Defined]:
@@ -54,7 +56,7 @@ def compare(config: Config, names: Sequence[str]) -> list[Defined]:
             with _worded(job):
                 changes = backend.changes(job, options)
             if changes is not None:
-                found.append(Defined(job, backend, options, changes))
+                found.append(Defined(job, backend, options, changes, backends[job.target]))
         if changes is None and names:
             kind = config.targets[job.target].backend
             raise InvalidInput(
@@ -74,6 +76,19 @@ def write(defined: Defined) -> str:
     """
     with _worded(defined.job):
         return defined.backend.apply(defined.job, defined.options)
+
+
+def unfit(defined: Defined) -> Iterator[str]:
+    """Say what would keep a job from running now that its definition is written."""
+    try:
+        remarks = defined.asked.check(defined.job, defined.options)
+    except BackendError as error:
+        yield f"job {defined.job.name} cannot be looked at: {error}"
+        return
+    for remark in remarks:
+        if remark.level == "fail":
+            todo = f"; {remark.todo}" if remark.todo else ""
+            yield f"job {defined.job.name} cannot run yet: {remark.text}{todo}"
 
 
 def _refuse_two_wills(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Final, Literal, Protocol
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,10 +17,20 @@ from dispatcher import queries, schema
 from dispatcher.backends.base import Backend, BackendError, Remark
 from dispatcher.backends.registry import make_backend
 from dispatcher.config import Config, Settings, Target, load_config, load_settings
-from dispatcher.errors import ConfigurationError, DispatcherError, SchemaMismatch, Unreachable
+from dispatcher.enqueueing import scheduled
+from dispatcher.errors import (
+    ConfigurationError,
+    DispatcherError,
+    InvalidInput,
+    SchemaMismatch,
+    Unreachable,
+)
+from dispatcher.items import is_uri
 from dispatcher.job import Job
-from dispatcher.queries import TargetView, WorkerView
+from dispatcher.moments import ago, ahead, span
+from dispatcher.queries import FiringView, TargetView, WorkerView
 from dispatcher.redaction import mask_url
+from dispatcher.schedule import FIRST_SEEN, MISSED, Schedule, next_due
 from dispatcher.storage import Storage
 from dispatcher.store import Store
 from dispatcher.storing import signs_results, signs_too_long, storage_need
@@ -50,7 +61,8 @@ class Finding:
     """One line of the check."""
 
     name: str
-    """What was looked at: settings, database, broker, jobs, job NAME, workers, target NAME."""
+    """What was looked at: settings, database, broker, storage, jobs, job NAME, schedule NAME,
+    workers, target NAME."""
 
     level: Literal["ok", "warn", "fail"]
     text: str
@@ -68,7 +80,7 @@ def exit_code(findings: Iterable[Finding]) -> int:
 
 
 def check_all(told: Told) -> Iterator[Finding]:
-    """Look at the settings, the servers, the jobs file, each job, the workers and the targets."""
+    """Look at the settings, the servers, the jobs file, each job and schedule, and who serves."""
     try:
         settings = load_settings(database_url=told.database_url, jobs=told.jobs)
     except ConfigurationError as error:
@@ -83,6 +95,7 @@ def check_all(told: Told) -> Iterator[Finding]:
         stored = _storage(settings)
         yield stored
         config = None
+        reached: set[str] = set()
         if settings.jobs is None:
             text = "DISPATCHER_JOBS is not set: enqueueing by name and workers need it"
             yield Finding("jobs", "warn", text, "set it to a YAML file or a Python module")
@@ -93,17 +106,26 @@ def check_all(told: Told) -> Iterator[Finding]:
                 yield Finding("jobs", "fail", str(error), "mend the file and check again")
         rows = queries.targets(store) if database.level != "fail" else {}
         if config is not None:
-            text = f"{len(config.jobs)} jobs on {len(config.targets)} targets in {config.source}"
+            jobs = f"{len(config.jobs)} job{'' if len(config.jobs) == 1 else 's'}"
+            targets = f"{len(config.targets)} target{'' if len(config.targets) == 1 else 's'}"
+            text = f"{jobs} on {targets} in {config.source}"
             yield Finding("jobs", "ok", text)
             # Of one that cannot be used at all it was said above; jobs are looked at beside it.
             yield from _jobs(
                 config,
                 rows,
                 settings.storage_url,
+                reached,
                 usable=settings.storage_url is not None and stored.level == "ok",
             )
+        workers = queries.workers(store) if database.level != "fail" else []
+        if config is not None:
+            fired = {}
+            if database.level != "fail":
+                fired = queries.last_firings(store, config.schedules)
+            yield from _schedules(config, fired, workers)
         if database.level != "fail":
-            yield from _service(queries.workers(store), rows, config)
+            yield from _service(workers, rows, config, reached, settings.lease)
     finally:
         store.engine.dispose()
 
@@ -228,9 +250,17 @@ def _ping(url: str) -> str | None:
 
 
 def _jobs(
-    config: Config, rows: dict[str, TargetView], storage_url: str | None, *, usable: bool
+    config: Config,
+    rows: dict[str, TargetView],
+    storage_url: str | None,
+    reached: set[str],
+    *,
+    usable: bool,
 ) -> Iterator[Finding]:
-    """Ask each job's backend whether it could run, and whether its tasks reach the storage."""
+    """Ask each job's backend whether it could run, and whether its tasks reach the storage.
+
+    The targets that answered are added to `reached`.
+    """
     backends = {name: make_backend(target) for name, target in config.targets.items()}
     signing: list[Remark] | None = None
     for job in config.jobs.values():
@@ -248,6 +278,8 @@ def _jobs(
             text = f"target {job.target} cannot be asked: {error}"
             yield Finding(name, "fail", text, unreachable=True)
             continue
+        if all(remark.level != "fail" for remark in remarks):  # some fail before anything is asked
+            reached.add(job.target)
         remarks = [*remarks, *_stored(job, config.targets[job.target], backend, storage_url)]
         if usable and signs_results(job):
             if signing is None:  # once for all jobs: the storage is the same
@@ -327,32 +359,106 @@ def _elsewhere(backend: Backend, row: TargetView | None) -> str | None:
     return None if theirs == home.get("host") else theirs
 
 
-def _service(
-    workers: list[WorkerView], rows: dict[str, TargetView], config: Config | None
+def _schedules(
+    config: Config, fired: dict[str, FiringView], workers: list[WorkerView]
 ) -> Iterator[Finding]:
-    """Say who is alive, and which targets nobody serves."""
+    """Say what became of the last due time of each schedule, and whether the next could fire."""
+    now = datetime.now(UTC)
+    alive = [worker for worker in workers if worker.alive]
+    elsewhere = bool(alive) and all(worker.host != socket.gethostname() for worker in alive)
+    for schedule in config.schedules.values():
+        name, todo = f"schedule {schedule.name}", f"mend the schedule in {config.source}"
+        told, made_one = _last_firing(schedule, fired.get(schedule.name), now)
+        try:
+            with scheduled(config.job(schedule.job), schedule, now):
+                pass  # made, and not written
+        except InvalidInput as error:
+            text = f"cannot be fired: {error}; {told}"
+            if elsewhere:  # a path may well be one of theirs
+                todo += ", unless the workers' hosts, which are others, have what is missing here"
+            elif schedule.items is not None and not is_uri(schedule.items):
+                todo += "; a relative path starts at the working directory of the workers"
+            yield Finding(name, "warn" if elsewhere else "fail", text, todo)
+            continue
+        if made_one:
+            yield Finding(name, "ok", told)
+        else:
+            later = "what is wrong was looked for here and not found: see that the next one fires"
+            yield Finding(name, "warn", told, later)
+
+
+def _last_firing(schedule: Schedule, last: FiringView | None, now: datetime) -> tuple[str, bool]:
+    """Tell of the last due time and the next, and whether all is as the schedule says."""
+    due = next_due(schedule, now)
+    then = "never due again" if due is None else f"next due {ahead(due, now)}"
+    if last is None:
+        return f"no worker has met it yet; {then}", True
+    when = ago(last.due_at, now)
+    if last.batch_id is not None:
+        return f"last due {when}: batch {last.batch_id}; {then}", True
+    reason = last.reason or "no reason was recorded"
+    if reason == FIRST_SEEN:
+        return f"not due yet since workers met it {when}; {then}", True
+    return f"last due {when}, and no batch: {reason}; {then}", reason.startswith(MISSED)
+
+
+def _service(
+    workers: list[WorkerView],
+    rows: dict[str, TargetView],
+    config: Config | None,
+    reached: set[str],
+    lease: timedelta,
+) -> Iterator[Finding]:
+    """Say who is alive, and which targets nobody serves; `reached` are those that answered here."""
     alive = [worker for worker in workers if worker.alive]
     if not alive:
         text = f"none has been alive for {queries.SILENT} s: nothing moves"
         todo = "start one, as the Procfile says, or all of it with `dispatcher standalone`"
         yield Finding("workers", "fail", text, todo)
         return
-    names = ", ".join(worker.id for worker in alive)
-    yield Finding("workers", "ok", f"{len(alive)} alive: {names}")
+    silent = [worker for worker in alive if worker.silence > lease]
+    names = ", ".join(
+        worker.id + (f" (not heard of for {span(worker.silence)})" if worker in silent else "")
+        for worker in alive
+    )
+    if len(silent) == len(alive):
+        todo = "see whether they are stopped, paused or overloaded, and start them again if so"
+        yield Finding("workers", "warn", f"{len(alive)} may be alive: {names}", todo)
+    else:
+        yield Finding("workers", "ok", f"{len(alive)} alive: {names}")
     for name in rows if config is None else config.targets:
-        row = rows.get(name)
-        label = f"target {name}"
+        yield _served(name, rows.get(name), alive, reached=name in reached)
+
+
+def _served(
+    name: str, row: TargetView | None, alive: list[WorkerView], *, reached: bool
+) -> Finding:
+    """Say who serves a target, and whether it answers."""
+    label = f"target {name}"
+    if row is None or not row.leased:
+        lost = None if row is None else queries.silent_leader(row, alive)
+        if lost is not None:
+            text = (
+                f"nobody serves it now: its worker {lost.id} has not been heard of for "
+                f"{span(lost.silence)}, and its lease has run out"
+            )
+            todo = (
+                "another worker that has it in its jobs file takes it over within seconds; if "
+                f"there is none, see whether {lost.id} is stopped, paused or overloaded"
+            )
+            return Finding(label, "fail", text, todo)
         problems = {
             worker.problems[name]
             for worker in alive
             if name in worker.problems and LED_ELSEWHERE not in worker.problems[name]
         }
-        if row is None or not row.leased:
-            why = "; ".join(sorted(problems)) or "no worker that is alive has it in its jobs file"
-            todo = "give the workers the same DISPATCHER_JOBS, and restart them"
-            yield Finding(label, "fail", f"nobody serves it: {why}", todo)
-        elif row.down_since is not None:
-            text = f"does not answer since {row.down_since:%Y-%m-%d %H:%M:%SZ}: {row.down_reason}"
-            yield Finding(label, "fail", text, unreachable=True)
-        else:
-            yield Finding(label, "ok", f"is led by {row.lease_owner}")
+        why = "; ".join(sorted(problems)) or "no worker that is alive has it in its jobs file"
+        todo = "give the workers the same DISPATCHER_JOBS, and restart them"
+        return Finding(label, "fail", f"nobody serves it: {why}", todo)
+    if row.down_since is None:
+        return Finding(label, "ok", f"is led by {row.lease_owner}")
+    since = f"since {row.down_since:%Y-%m-%d %H:%M:%SZ}: {row.down_reason}"
+    if reached:
+        text = f"answers this check; the workers have had no answer {since}"
+        return Finding(label, "warn", text, "they say so until their next call there is answered")
+    return Finding(label, "fail", f"does not answer {since}", unreachable=True)

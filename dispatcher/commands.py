@@ -397,7 +397,8 @@ def _followed(dispatcher: Dispatcher, screen: Screen, batch_id: str, *, every: b
     with screen.following(batch_id) as follower:
         while True:
             batch = dispatcher.get(batch_id)
-            follower.show(batch)
+            waits = batch.counts.get(ChunkState.PENDING)
+            follower.show(batch, queries.next_retry(dispatcher.store, batch_id) if waits else None)
             if batch.finished:
                 return batch
             document = rendering.batch_document(batch)
@@ -724,8 +725,13 @@ def cancel(scope: Scope, batch: str, *, wait: bool, reason: str) -> int:
         else:
             live = view.counts.get(ChunkState.RUNNING, 0) + view.counts.get(ChunkState.LAUNCHING, 0)
             screen.line(
-                f"{view.id} {view.state}: its cancel is asked for; {live:,} chunks still run and "
-                "are being stopped"
+                f"{view.id} {view.state}: its cancel is asked for; "
+                + (
+                    "1 chunk still runs and is"
+                    if live == 1
+                    else f"{live:,} chunks still run and are"
+                )
+                + " being stopped"
             )
         if view.finished and view.state is not BatchState.CANCELLED:
             screen.note(f"batch {view.id} had {view.state} before it could be cancelled")
@@ -774,6 +780,8 @@ def apply(scope: Scope, names: Sequence[str], *, yes: bool, check_only: bool) ->
             written[defined.job.name] = applying.write(defined)
             if not screen.as_json:
                 screen.line(f"applied {written[defined.job.name]}")
+            for problem in applying.unfit(defined):
+                screen.note(problem)
     if screen.as_json:
         screen.document(
             [

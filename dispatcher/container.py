@@ -101,6 +101,15 @@ MAX_PROGRESS = 2**62
 SHORT_ERROR_CHARACTERS = 100
 """What must fit of an error beside an output, or the output goes beside the receipt."""
 
+SHOWN_ITEMS = 10
+"""Items that failed which the log names, where there is no receipt to do so."""
+
+SHOWN = 60
+"""Characters of an item in the log."""
+
+SHOWN_ERROR = 200
+"""Characters of an item's error in the log."""
+
 PROGRESS_SECONDS = 5.0
 """Between two writes of what is done so far, at least: each is a call that somebody pays for."""
 
@@ -434,7 +443,8 @@ class Task:
         failed = any(not entry["ok"] for entry in self._results.values())
         if self.result_uri is None:
             if failed:
-                _remark("items failed, and there is no DISPATCH_RESULT_URI to say so at")
+                nowhere = "items failed, and there is no DISPATCH_RESULT_URI to say so at"
+                _remark(nowhere + self._which())
             return not failed
         if unreported:
             _remark(f"{unreported} of {len(self.items)} items were not reported: no receipt")
@@ -444,6 +454,17 @@ class Task:
             if not self._over:
                 self._write_last(self.result_uri)
         return True
+
+    def _which(self) -> str:
+        """Name some items that failed and their errors, for whoever reads the log."""
+        bad = [entry for _, entry in sorted(self._results.items()) if not entry["ok"]]
+        lines = [
+            f"\n  item {entry['i']} ({_json(self.items[entry['i']])[:SHOWN]}): "
+            + " ".join(entry.get("error", "failed").split())[:SHOWN_ERROR]
+            for entry in bad[:SHOWN_ITEMS]
+        ]
+        more = len(bad) - len(lines)
+        return ":" + "".join(lines) + (f"\n  and {more:,} more" if more else "")
 
     def _write_last(self, uri: str) -> None:
         """Write the complete receipt; or, if that fails, at least what is done."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import datetime
 from itertools import chain, islice
 from typing import Any, Final, Self
 
@@ -18,12 +19,13 @@ from dispatcher.items import ItemsDigest, ItemStream, Page, is_uri, open_items, 
 from dispatcher.job import Job
 from dispatcher.overriding import overridden
 from dispatcher.redaction import redact
+from dispatcher.schedule import Schedule
 from dispatcher.storage import check_uri
 from dispatcher.store import Store, new_batch_id
 from dispatcher.store.rows import NewBatch
 from dispatcher.storing import signs_too_long, storage_need, storage_trouble
 
-__all__ = ["BatchRequest"]
+__all__ = ["BatchRequest", "scheduled"]
 
 LONGEST_KEY: Final = 200
 LONGEST_LABEL: Final = 63
@@ -179,6 +181,22 @@ class BatchRequest:
         if self._asked["items"] is not None:
             return self._asked
         return {**self._asked, "items": f"{digest.count} items, sha256 {digest.hexdigest()}"}
+
+
+def scheduled(job: Job, schedule: Schedule, due_at: datetime) -> BatchRequest:
+    """Make the request of a schedule's due time; its key keeps it from being written twice.
+
+    Raises:
+        InvalidInput: as making any `BatchRequest`.
+    """
+    return BatchRequest(
+        job,
+        schedule.items,
+        params=schedule.params,
+        key=f"schedule/{schedule.name}/{due_at.isoformat()}",
+        labels={"schedule": schedule.name},
+        actor=f"schedule {schedule.name}",
+    )
 
 
 def _match(store: Store, tx: sa.Connection, key: str, asked: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ chunk to wait adds the point for it here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from itertools import islice
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from dispatcher import budget, queries
 from dispatcher.errors import InvalidInput
 from dispatcher.job import Job
-from dispatcher.moments import ago, ahead, iso, span
+from dispatcher.moments import ago, ahead, clock, iso, since, span
 from dispatcher.queries import (
     BatchView,
     Chunk,
@@ -39,6 +39,9 @@ __all__ = ["Explanation", "Point", "explain", "find_chunk"]
 
 EXAMPLES: Final = 3
 """Chunks and holders of slots that are named; the rest is counted."""
+
+LONG_REASON: Final = 40
+"""Characters of a reason that is not said twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ def explain(store: Store, batch_id: str, chunk_index: int | None = None) -> Expl
         chunk = find_chunk(store, case.batch, chunk_index)
         state = chunk.state
         points = list(_of_chunk(case, chunk))
+    points = list(_said_once(points))
     facts = {
         "batch": batch_id,
         "chunk": chunk_index,
@@ -94,7 +98,9 @@ def explain(store: Store, batch_id: str, chunk_index: int | None = None) -> Expl
         "at": case.now,
         "reasons": [{"code": p.code, "text": p.text, **p.facts} for p in points],
     }
-    return Explanation(" ".join(point.text for point in points), _plain(facts))
+    # What a program wrote, in lines of their own, ends its sentence.
+    parts = (point.text + ("\n" if "\n" in point.text else " ") for point in points)
+    return Explanation("".join(parts).rstrip(), _plain(facts))
 
 
 def find_chunk(store: Store, batch: BatchView, index: int, *, items: bool = False) -> Chunk:
@@ -204,7 +210,7 @@ def _service(case: _Case) -> Iterator[Point]:
     batch, now = case.batch, case.now
     if not case.alive:
         last = max((worker.heartbeat_at for worker in case.workers), default=None)
-        been = "has ever been alive" if last is None else f"has been alive since {ago(last, now)}"
+        been = "has ever been alive" if last is None else f"has been alive {since(last, now)}"
         goes_on = " What runs already runs on." if case.count(ChunkState.RUNNING) else ""
         yield Point(
             "no_worker",
@@ -236,12 +242,22 @@ def _service(case: _Case) -> Iterator[Point]:
             {"target": batch.target, "host": home},
         )
         return
+    lost = None if target is None else queries.silent_leader(target, case.alive)
+    if lost is not None:
+        yield Point(
+            "silent_worker",
+            f"Nobody serves target {batch.target} now: its worker {lost.id} has not been heard of "
+            f"{since(lost.heartbeat_at, now)}, and its lease has run out; another worker that "
+            "has the target in its jobs file takes over within seconds.",
+            {"target": batch.target, "worker": lost.id, "last_heartbeat": lost.heartbeat_at},
+        )
+        return
     led = None if target is None or target.lease_until is None else target.lease_until
-    since = "" if led is None else f" since {ago(led, now)}"
-    why = "; ".join(sorted(set(problems.values())))
+    how_long = "" if led is None else f" {since(led, now)}"
+    why = "; ".join(sorted({_told(problem) for problem in problems.values()}))
     yield Point(
         "unserved",
-        f"No worker that is alive serves target {batch.target}{since}"
+        f"No worker that is alive serves target {batch.target}{how_long}"
         + (f": {why}." if why else ": is it in the jobs file of the workers?"),
         {"target": batch.target, "since": led, "problems": problems},
     )
@@ -256,8 +272,8 @@ def _planning(case: _Case, *, served: bool) -> Iterator[Point]:
         tries = f"{standing.plan_tries} tr{'y' if standing.plan_tries == 1 else 'ies'}"
         yield Point(
             "plan_postponed",
-            f"Planning was put off after {tries}: {case.batch.reason}. "
-            f"The next try is {ahead(standing.plan_after, now)}.",
+            f"Planning was put off after {tries}: {_told(case.batch.reason)}. "
+            f"The next try is {ahead(standing.plan_after, now)}.{_lines_of(case.batch.reason)}",
             {
                 "tries": standing.plan_tries,
                 "next_try": standing.plan_after,
@@ -290,7 +306,7 @@ def _progress(case: _Case) -> Point:
     said = f" ({', '.join(final)})" if final else ""
     return Point(
         "progress",
-        f"{done} of {_chunks(total)} {'is' if done == 1 else 'are'} final{said}.",
+        f"{done} of {_chunks(total)} {'is' if 1 in (done, total) else 'are'} final{said}.",
         {"chunks": total, "final": done, "counts": counts},
     )
 
@@ -300,9 +316,9 @@ def _cancelling(case: _Case, at: datetime, live: Mapping[str, Live]) -> Point:
     total, ended, unsent = queries.cancelled_executions(case.store, case.batch.id, at)
     if standing.cancel_kind == CancelKind.OPERATOR:
         who = f"{standing.cancel_actor or 'somebody'} asked {ago(at, now)} for its cancel"
-        text = f"{who} ({standing.cancel_reason})"
+        text = f"{who} ({_told(standing.cancel_reason)})"
     else:
-        text = f"It is being ended since {ago(at, now)}: {standing.cancel_reason}"
+        text = f"It is being ended {since(at, now)}: {_told(standing.cancel_reason)}"
     facts: dict[str, Any] = {
         "kind": standing.cancel_kind,
         "reason": standing.cancel_reason,
@@ -312,7 +328,8 @@ def _cancelling(case: _Case, at: datetime, live: Mapping[str, Live]) -> Point:
         "confirmed": ended,
         "unsent": unsent,
     }
-    text += f"; {ended} of {total} executions are confirmed to have ended"
+    are = "is" if 1 in (ended, total) else "are"
+    text += f"; {ended} of {_executions(total)} {are} confirmed to have ended"
     if unsent > 1:
         text += f", the cancels of {unsent:,} are still to be sent"
         rate = case.limit("writes_per_minute")
@@ -347,8 +364,8 @@ def _moving(case: _Case, live: Mapping[str, Live]) -> Iterator[Point]:
     now = case.now
     running = live.get("running")
     if running is not None:
-        since = running.started_at or now
-        oldest = f", the oldest (chunk {running.chunk_index}) since {ago(since, now)}"
+        began = running.started_at or now
+        oldest = f", the oldest (chunk {running.chunk_index}) {since(began, now)}"
         waiting = running.tasks - running.at_once
         turns = (
             f" At most {running.at_once} of them run at the same time, as `parallelism` says in "
@@ -366,7 +383,7 @@ def _moving(case: _Case, live: Mapping[str, Live]) -> Iterator[Point]:
                 "at_once": running.at_once,
                 "executions": running.executions,
                 "oldest_chunk": running.chunk_index,
-                "oldest_since": since,
+                "oldest_since": began,
             },
         )
     for what in ("starting", "calling", "throttled", "unknown", "absent", "unread", "cancelling"):
@@ -452,8 +469,10 @@ def _final_chunk(case: _Case, chunk: Chunk) -> Point:
         )
     what = f"Chunk {chunk.index} {_was(chunk.state)} {ago(finished, now)}"
     what += f" after {_attempts(len(chunk.attempts))}" if chunk.attempts else " before any attempt"
-    why = f": {chunk.reason}" if chunk.reason else ""
-    return Point(str(chunk.state), f"{what}{why}.{_retry_advice(case)}", facts)
+    why = f": {_told(chunk.reason)}" if chunk.reason else ""
+    return Point(
+        str(chunk.state), f"{what}{why}.{_retry_advice(case)}{_lines_of(chunk.reason)}", facts
+    )
 
 
 def _open_chunk(case: _Case, chunk: Chunk, execution_id: int | None) -> Iterator[Point]:
@@ -476,9 +495,9 @@ def _open_chunk(case: _Case, chunk: Chunk, execution_id: int | None) -> Iterator
 
 def _running_chunk(case: _Case, chunk: Chunk, one: Live, who: str) -> Point:
     now = case.now
-    since = one.started_at or now
-    facts: dict[str, Any] = {"since": since, "handle": one.handle, "deadline": one.deadline}
-    text = f"{who} runs since {ago(since, now)} as {one.handle} on target {case.batch.target}"
+    began = one.started_at or now
+    facts: dict[str, Any] = {"since": began, "handle": one.handle, "deadline": one.deadline}
+    text = f"{who} runs {since(began, now)} as {one.handle} on target {case.batch.target}"
     if one.tasks > 1:
         text += f", an execution with {one.tasks} open tasks"
         if one.at_once < one.tasks:
@@ -499,7 +518,7 @@ def _situation(case: _Case, one: Live, who: str) -> Point:
     now, target = case.now, case.batch.target
     facts: dict[str, Any] = {"executions": one.executions, "tasks": one.tasks}
     are = "are" if one.executions > 1 else "is"
-    reason = f": {one.reason}" if one.reason else ""
+    reason = f": {_told(one.reason)}" if one.reason else ""
     if one.what == "calling":
         until = "" if one.call_by is None else f", which must begin {ahead(one.call_by, now)}"
         if one.call_by is not None and one.call_by <= now:
@@ -513,16 +532,18 @@ def _situation(case: _Case, one: Live, who: str) -> Point:
     elif one.what == "unknown":
         when = ahead(one.next_look_at or now, now)
         looks = f"{one.looks} look{'' if one.looks == 1 else 's'} found nothing so far"
-        since = one.call_by or one.intent_at
         text = (
             f"It is not known whether the launch of {who[0].lower()}{who[1:]} started anything "
-            f"(call of {ago(since, now)}{reason}): it is looked up by its key on target {target}, "
-            f"next {when}; {looks}."
+            f"(call of {ago(one.intent_at, now)}{reason}): it is looked up by its key on target "
+            f"{target}, next {when}; {looks}."
         )
         facts |= {"next_look": one.next_look_at, "looks": one.looks, "reason": one.reason}
     elif one.what == "starting":
-        launched = ago(one.launched_at or now, now)
-        text = f"{who} {are} accepted by target {target} since {launched} and not started yet"
+        launched = since(one.launched_at or now, now)
+        text = (
+            f"{who} {are} accepted by target {target} {launched}, which counts as running, and not "
+            "started yet"
+        )
         if one.start_deadline is not None:
             text += f"; given up if not started {ahead(one.start_deadline, now)}"
         text += "."
@@ -532,21 +553,23 @@ def _situation(case: _Case, one: Live, who: str) -> Point:
             "handle": one.handle,
         }
     elif one.what == "absent":
-        since = one.absent_since or now
+        gone = one.absent_since or now
+        grace = case.limit("absent_grace")
+        until = "" if grace is None else f" until {clock(gone + timedelta(seconds=grace), now)}"
         text = (
-            f"{who} {are} unknown to target {target} since {ago(since, now)}; if that stays so "
-            "for its grace, it counts as lost after a last cancel."
+            f"{who} {are} unknown to target {target} {since(gone, now)}; if that stays so "
+            f"for its grace{until}, it counts as lost after a last cancel."
         )
         facts |= {"absent_since": one.absent_since, "handle": one.handle}
     elif one.what == "unread":
-        since = one.unread_since or now
+        unread = one.unread_since or now
         text = (
-            f"{who} {are} waiting for the storage, which does not answer since {ago(since, now)}: "
+            f"{who} {are} waiting for the storage, which does not answer {since(unread, now)}: "
             f"on target {target} the task has ended, and its receipt cannot be read"
             if one.tasks == one.executions
-            else f"{who} may be waiting for the storage, which does not answer since "
-            f"{ago(since, now)}: on target {target} some of {one.tasks} open tasks have ended, and "
-            "their receipts cannot be read; what still runs runs on"
+            else f"{who} may be waiting for the storage, which does not answer "
+            f"{since(unread, now)}: on target {target} some of {one.tasks} open tasks have ended, "
+            "and their receipts cannot be read; what still runs runs on"
         )
         text += (
             f". {span(STORAGE_PATIENCE)} after its end, what the provider says of a task counts "
@@ -555,7 +578,7 @@ def _situation(case: _Case, one: Live, who: str) -> Point:
         facts |= {"unread_since": one.unread_since, "handle": one.handle}
     else:
         step, more = _cancel_step(one, now)
-        asked = ago(one.cancel_requested_at or now, now)
+        asked = since(one.cancel_requested_at or now, now)
         why = {
             CancelKind.TIMEOUT: "it ran past its deadline",
             CancelKind.START_TIMEOUT: "no task of it started in time",
@@ -565,7 +588,7 @@ def _situation(case: _Case, one: Live, who: str) -> Point:
             CancelKind.SUCCESS_POLICY: "the batch can no longer succeed",
             CancelKind.STRAY: "no attempt belongs to it",
         }[CancelKind(one.cancel_kind or CancelKind.STRAY)]
-        text = f"{who} {are} being ended since {asked}, as {why}; {step}."
+        text = f"{who} {are} being ended {asked}, as {why}; {step}."
         facts |= {"kind": one.cancel_kind, "requested_at": one.cancel_requested_at, **more}
     return Point(one.what, text, facts)
 
@@ -576,8 +599,8 @@ def _target_down(case: _Case) -> Iterator[Point]:
     if target is not None and target.down_since is not None and not _is_held_back(case):
         yield Point(
             "target_down",
-            f"Target {target.name} does not answer since {ago(target.down_since, now)} "
-            f"({target.down_reason}): what has ended there is noted when it does.",
+            f"Target {target.name} does not answer {since(target.down_since, now)} "
+            f"({_told(target.down_reason)}): what has ended there is noted when it does.",
             {"target": target.name, "since": target.down_since, "reason": target.down_reason},
         )
 
@@ -638,7 +661,8 @@ def _blockers(case: _Case) -> Iterator[Point]:
         yield Point(
             "storage",
             f"the job {trouble.need}, and the storage of target {target.name} cannot be used: "
-            f"{trouble.problem}. A worker looks every half minute, and launches when it is mended",
+            f"{_told(trouble.problem)}. A worker looks every half minute, and launches when it is "
+            "mended",
             {"target": target.name, "problem": trouble.problem},
         )
     yield from _refused_for_now(case, target)
@@ -682,8 +706,8 @@ def _hold(case: _Case, target: TargetView) -> Iterator[Point]:
     else:
         yield Point(
             "target_down",
-            f"target {target.name} does not answer since {ago(target.down_since, now)} "
-            f"({target.down_reason}); launches resume {ahead(target.resume_at, now)}",
+            f"target {target.name} does not answer {since(target.down_since, now)} "
+            f"({_told(target.down_reason)}); launches resume {ahead(target.resume_at, now)}",
             {
                 "target": target.name,
                 "since": target.down_since,
@@ -714,7 +738,7 @@ def _storage_to_mend(case: _Case) -> Iterator[Point]:
         then = "receipts are not found, and inputs that are too large for a launch call wait"
     yield Point(
         "storage",
-        f"The storage of target {target.name} cannot be used: {problem}. Meanwhile {then}.",
+        f"The storage of target {target.name} cannot be used: {_told(problem)}. Meanwhile {then}.",
         {"target": target.name, "problem": problem},
     )
 
@@ -837,20 +861,29 @@ def _ended(case: _Case) -> Iterator[Point]:
         so_far = f"; {_chunks(done)} had succeeded" if done else ""
         yield Point(
             "cancelled",
-            f"It was cancelled by {actor}, and nothing of it runs since {ago(finished, now)} "
-            f"({batch.reason}){so_far}.",
+            f"It was cancelled by {actor}, and nothing of it runs {since(finished, now)} "
+            f"({_told(batch.reason)}){so_far}.",
             facts,
         )
     elif batch.planned_at is None:
-        yield Point("failed", f"It failed {ago(finished, now)} unplanned: {batch.reason}.", facts)
-    else:
-        yield Point("failed", f"It failed {ago(finished, now)}: {batch.reason}.", facts)
-    failed = islice(queries.chunks(case.store, batch.id, states=[ChunkState.FAILED]), EXAMPLES)
+        why = f"{_told(batch.reason)}.{_lines_of(batch.reason)}"
+        yield Point("failed", f"It failed {ago(finished, now)} unplanned: {why}", facts)
+    failed = list(
+        islice(queries.chunks(case.store, batch.id, states=[ChunkState.FAILED]), EXAMPLES)
+    )
+    if batch.state is BatchState.FAILED and batch.planned_at is not None:
+        why = batch.reason or ""
+        for chunk in failed:  # its example is told with its chunk
+            why = why.removesuffix(f": {chunk.reason}")
+        yield Point("failed", f"It failed {ago(finished, now)}: {_told(why)}.", facts)
+    told: dict[str, int] = {}
     for chunk in failed:
         last = chunk.attempts[-1] if chunk.attempts else None
+        why = f"{_told(chunk.reason or 'failed')}.{_lines_of(chunk.reason)}"
+        same = told.setdefault(why, chunk.index)
         yield Point(
             "failed_chunk",
-            f"Chunk {chunk.index}: {chunk.reason or 'failed'}.",
+            f"Chunk {chunk.index}: {why if same == chunk.index else f'as chunk {same}.'}",
             {
                 "chunk_index": chunk.index,
                 "reason": chunk.reason,
@@ -882,6 +915,28 @@ def _retry_advice(case: _Case) -> str:
 
 
 # --- words ----------------------------------------------------------------------------------------
+
+
+def _told(reason: str | None) -> str:
+    """Give the first line of a reason as a part of a sentence, which has a stop of its own."""
+    return (reason or "no reason was recorded").strip().split("\n")[0].rstrip(" .;:")
+
+
+def _lines_of(reason: str | None) -> str:
+    """Give what follows the first line of a reason, as lines under the sentence."""
+    _, newline, rest = (reason or "").strip().partition("\n")
+    return newline + rest
+
+
+def _said_once(points: Iterable[Point]) -> Iterator[Point]:
+    """Leave out of a sentence the long reason that an earlier one gave."""
+    said: list[str] = []
+    for point in points:
+        text, reason = point.text, _told(point.facts.get("reason"))
+        if len(reason) >= LONG_REASON and any(reason in earlier for earlier in said):
+            text = text.replace(reason, "as said above")
+        said.append(point.text)
+        yield replace(point, text=text)
 
 
 def _was(state: ChunkState) -> str:

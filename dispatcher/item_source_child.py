@@ -29,6 +29,10 @@ from dispatcher.items import encode_items, refuse_non_items
 __all__ = ["write_items"]
 
 
+_FRAMES = 5
+"""The last calls that a traceback shows."""
+
+
 def write_items(spec: str, params: Mapping[str, Any], out: BinaryIO) -> None:
     """Call the function that `spec` names and write its items, and the line that ends them.
 
@@ -60,11 +64,7 @@ def _values(spec: str, params: Mapping[str, Any]) -> Iterator[object]:
     except InvalidItems:
         raise
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything
-        # The frames of this module mean nothing to the reader.
-        trace = error.__traceback__
-        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
-            trace = trace.tb_next
-        traceback.print_exception(type(error), error, trace)
+        _print(error)
         raise InvalidItems(f"{name}() raised {_one_line(error)}") from None
 
 
@@ -81,7 +81,7 @@ def _imported(spec: str) -> Callable[..., object]:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything
-        traceback.print_exception(error)
+        _print(error)
         raise InvalidItems(
             f"module {module_name!r} cannot be imported: {_one_line(error)} "
             f"(looked in {Path.cwd()} and on Python's path)"
@@ -123,6 +123,18 @@ def _arguments(
             f"{name}() cannot be called with the batch's params: {error}; the batch has: {has}"
         ) from None
     return taken
+
+
+def _print(error: BaseException) -> None:
+    """Write the traceback to the log: of the user's own frames, and few enough for its tail."""
+    trace = error.__traceback__
+    # The frames of this module and of the import mean nothing to the reader.
+    while trace is not None and (
+        (file := trace.tb_frame.f_code.co_filename) in {__file__, importlib.__file__}
+        or file.startswith("<frozen importlib")
+    ):
+        trace = trace.tb_next
+    traceback.print_exception(type(error), error, trace, limit=-_FRAMES)
 
 
 def _one_line(error: BaseException) -> str:

@@ -248,9 +248,9 @@ def encode_items(values: Iterable[object]) -> Iterator[str]:
     """Give the compact JSON text of each value.
 
     Raises:
-        InvalidItems: naming the position (from 1), type and value of one that is not JSON.
+        InvalidItems: naming the position (from 0), type and value of one that is not JSON.
     """
-    for position, value in enumerate(values, 1):
+    for position, value in enumerate(values):
         try:
             yield _encode(value)
         except _Unusable as problem:

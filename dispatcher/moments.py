@@ -13,7 +13,7 @@ from dispatcher.durations import parse_duration
 from dispatcher.errors import InvalidInput
 from dispatcher.problems import shown
 
-__all__ = ["ago", "ahead", "clock", "iso", "read_moment", "span"]
+__all__ = ["ago", "ahead", "clock", "iso", "read_moment", "since", "span"]
 
 _SECONDS: Final = 100
 _MINUTES: Final = 100
@@ -56,6 +56,13 @@ def ago(moment: datetime, now: datetime) -> str:
     length = now - moment
     said = "just now" if length < timedelta(seconds=1) else f"{span(length)} ago"
     return f"{said} ({clock(moment, now)})"
+
+
+def since(moment: datetime, now: datetime) -> str:
+    """Say from when on something is so: "since 07:12:00Z (18 min ago)"."""
+    length = now - moment
+    said = "just now" if length < timedelta(seconds=1) else f"{span(length)} ago"
+    return f"since {clock(moment, now)} ({said})"
 
 
 def ahead(moment: datetime, now: datetime) -> str:

@@ -208,7 +208,7 @@ def _balanced(
     total = len(texts)
     room = chunking.max_items or max(total, 1)
     parts = min(chunking.count or math.ceil(total / room), total)
-    weights = [_weight(text, position, field) for position, text in enumerate(texts, 1)]
+    weights = [_weight(text, position, field) for position, text in enumerate(texts)]
     # Among chunks of equal weight the one with fewer items: without it, items of no weight would
     # all go to one chunk, and leave others empty.
     lightest: list[tuple[float, int, int]] = [(0, 0, part) for part in range(parts)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 import sqlalchemy as sa
@@ -23,8 +23,10 @@ __all__ = [
     "Chunk",
     "ChunkStanding",
     "Event",
+    "FiringView",
     "Holder",
     "Live",
+    "Retry",
     "Standing",
     "TargetView",
     "WorkerView",
@@ -39,9 +41,12 @@ __all__ = [
     "get_batch",
     "get_state",
     "holders",
+    "last_firings",
     "live",
+    "next_retry",
     "read_batch",
     "refused_for_now",
+    "silent_leader",
     "standing",
     "targets",
     "troubled",
@@ -443,6 +448,9 @@ class WorkerView(NamedTuple):
     alive: bool
     """Whether it has said so within the last minute, and has not stopped since."""
 
+    silence: timedelta
+    """Since its last heartbeat."""
+
 
 class TargetView(NamedTuple):
     """A target, as its last leaseholder was configured and as its last calls went."""
@@ -459,6 +467,16 @@ class TargetView(NamedTuple):
     down_calls: int
     resume_at: datetime | None
     launch_bucket: Bucket
+
+
+class FiringView(NamedTuple):
+    """What became of a due time of a schedule."""
+
+    schedule: str
+    due_at: datetime
+    batch_id: str | None
+    reason: str | None
+    """Why there is no batch."""
 
 
 class Standing(NamedTuple):
@@ -536,6 +554,18 @@ class Holder(NamedTuple):
     executions: int
 
 
+class Retry(NamedTuple):
+    """The retry of a batch that is due next."""
+
+    chunk_index: int
+    due_at: datetime
+    reason: str | None
+    """How the last attempt ended, and what was decided then."""
+
+    chunks: int
+    """Chunks that wait for their retry, this one included."""
+
+
 class ChunkStanding(NamedTuple):
     """What is stored of a chunk beside its `Chunk`."""
 
@@ -563,7 +593,8 @@ def workers(store: Store) -> list[WorkerView]:
             tx,
             f"""
             SELECT id, host, pid, version, code_version, problems, heartbeat_at,
-                stopped_at IS NULL AND heartbeat_at > now() - interval '{SILENT} seconds'
+                stopped_at IS NULL AND heartbeat_at > now() - interval '{SILENT} seconds',
+                now() - heartbeat_at
             FROM dispatcher.worker ORDER BY heartbeat_at DESC, id
             """,  # noqa: S608 - a constant of this module
         )
@@ -592,6 +623,33 @@ def targets(store: Store) -> dict[str, TargetView]:
             view, bucket = tuple(row[:-4]), tuple(row[-4:])
             found[row[0]] = TargetView._make((*view, Bucket(*bucket)))
         return found
+
+
+def silent_leader(target: TargetView, alive: Iterable[WorkerView]) -> WorkerView | None:
+    """Name the worker that led a target until its lease ran out, unheard of since; else None."""
+    until = target.lease_until
+    if target.leased or until is None:
+        return None
+    return next(
+        (one for one in alive if one.id == target.lease_owner and one.heartbeat_at < until), None
+    )
+
+
+def last_firings(store: Store, schedules: Iterable[str]) -> dict[str, FiringView]:
+    """Read the last recorded due time of schedules, by name; without those that have none."""
+    with store.transaction() as tx:
+        rows = store.run(
+            tx,
+            """
+            SELECT f.schedule, f.due_at, f.batch_id, f.reason
+            FROM unnest(CAST(:names AS text[])) n CROSS JOIN LATERAL (
+                SELECT * FROM dispatcher.schedule_firing
+                WHERE schedule = n ORDER BY due_at DESC LIMIT 1
+            ) f
+            """,
+            names=list(schedules),
+        )
+        return {row[0]: FiringView(*row) for row in rows}
 
 
 def standing(store: Store, batch_id: str) -> Standing:
@@ -771,6 +829,21 @@ def ahead(store: Store, target: str, priority: int) -> list[tuple[str, str, int]
             priority=priority,
         )
         return [(row[0], row[1], row[2]) for row in rows]
+
+
+def next_retry(store: Store, batch_id: str) -> Retry | None:
+    """Read which chunk of a batch is tried again next, and when; None if none waits for that."""
+    with store.transaction() as tx:
+        row = store.run(
+            tx,
+            """
+            SELECT index, due_at, reason, (count(*) OVER ())::int FROM dispatcher.chunk
+            WHERE batch_id = :id AND state = 'pending' AND due_at > now() AND outcome IS NOT NULL
+            ORDER BY due_at, index LIMIT 1
+            """,
+            id=batch_id,
+        ).first()
+        return None if row is None else Retry(*row)
 
 
 def chunk_standing(store: Store, batch_id: str, index: int) -> ChunkStanding:

@@ -30,7 +30,7 @@ from rich.text import Text
 from dispatcher.applying import Defined
 from dispatcher.job import Job
 from dispatcher.moments import ago, clock, iso, span
-from dispatcher.queries import Attempt, AuditLine, BatchView, Chunk
+from dispatcher.queries import Attempt, AuditLine, BatchView, Chunk, Retry
 from dispatcher.redaction import redact
 from dispatcher.results import Item
 from dispatcher.states import BatchState, ChunkState, Outcome
@@ -75,6 +75,9 @@ _STYLES: Final = {
     ),
 }
 _GAP: Final = "  "
+
+SHOWN_REASON: Final = 120
+"""Characters of why a chunk is tried again that a line of progress shows."""
 
 
 def utc_now() -> datetime:
@@ -167,15 +170,15 @@ class Screen:
 class Follower(Protocol):
     """Shows a batch again and again."""
 
-    def show(self, batch: BatchView) -> None:
-        """Show it as it is now."""
+    def show(self, batch: BatchView, retry: Retry | None = None) -> None:
+        """Show it as it is now, with the retry that is due next."""
         ...
 
 
 class _Silent:
     """Shows nothing: `--json` writes its documents itself."""
 
-    def show(self, batch: BatchView) -> None:
+    def show(self, batch: BatchView, retry: Retry | None = None) -> None:
         """Show nothing."""
 
 
@@ -186,14 +189,14 @@ class _Bar:
         self._progress = progress
         self._task: TaskID = progress.add_task(batch_id, total=None, counts="")
 
-    def show(self, batch: BatchView) -> None:
+    def show(self, batch: BatchView, retry: Retry | None = None) -> None:
         """Move the bar."""
         self._progress.update(
             self._task,
             description=f"{batch.id} {batch.state}",
             total=batch.chunk_count,
             completed=batch.done,
-            counts=_counts_text(batch),
+            counts=_counts_text(batch) + _retry_text(retry, utc_now(), brief=True),
         )
 
 
@@ -204,11 +207,11 @@ class _Lines:
         self._screen = screen
         self._last = ""
 
-    def show(self, batch: BatchView) -> None:
+    def show(self, batch: BatchView, retry: Retry | None = None) -> None:
         """Write a line if anything changed."""
-        text = f"{batch.state}  {progress_text(batch)}"
+        now = utc_now()
+        text = f"{batch.state}  {progress_text(batch)}{_retry_text(retry, now)}"
         if text != self._last and not batch.finished:
-            now = utc_now()
             self._screen.line(f"{clock(now, now)}  {text}")
             sys.stdout.flush()
         self._last = text
@@ -251,8 +254,13 @@ def batch_row(batch: BatchView, now: datetime) -> tuple[str, ...]:
         progress_text(batch),
         ago(batch.created_at, now),
         batch.actor,
-        batch.reason or "",
+        _first_line(batch.reason),
     )
+
+
+def _first_line(reason: str | None) -> str:
+    """Give what a reason says; `show` and `explain` give the lines under it too."""
+    return (reason or "").partition("\n")[0]
 
 
 def progress_text(batch: BatchView) -> str:
@@ -268,10 +276,21 @@ def _counts_text(batch: BatchView) -> str:
     return ", ".join(f"{n} {state}" for state in ChunkState if (n := batch.counts.get(state)))
 
 
+def _retry_text(retry: Retry | None, now: datetime, *, brief: bool = False) -> str:
+    """Say which chunk is tried again next, when, and what became of it before."""
+    if retry is None:
+        return ""
+    if brief:
+        return f", retry at {clock(retry.due_at, now)}"
+    more = f", and {retry.chunks - 1:,} more later" if retry.chunks > 1 else ""
+    why = _first_line(retry.reason)[:SHOWN_REASON]
+    return f"; retry of chunk {retry.chunk_index} at {clock(retry.due_at, now)}{more}: {why}"
+
+
 def summary(batch: BatchView, now: datetime) -> str:
     """Say in a line how a batch ended, or where it is."""
     took = span((batch.finished_at or now) - batch.created_at)
-    reason = f"; {batch.reason}" if batch.reason else ""
+    reason = f"; {_first_line(batch.reason)}" if batch.reason else ""
     word = "after" if batch.finished else "since"
     return f"{batch.id} {batch.state} {word} {took}: {progress_text(batch)}{reason}"
 
@@ -455,12 +474,13 @@ def audit_text(line: AuditLine) -> str:
     """Write one line of the audit for people."""
     event = line.event
     what = f"{event.kind} {event.batch_id or ''}".rstrip()
+    if event.kind == "execution":
+        what = f"execution {event.execution_id}"
+        what += f" of {event.batch_id}" if event.batch_id else ""
     if event.chunk_index is not None:
         what += f"/{event.chunk_index}"
     if event.attempt is not None:
         what += f" attempt {event.attempt}"
-    if event.kind == "execution":
-        what += f" execution {event.execution_id}"
     moved = ""
     if event.new is not None:
         moved = f"{event.old or 'new'} → {event.new}"

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from itertools import zip_longest
 from math import ceil
 from typing import Any, Final, TypeVar
 
@@ -33,6 +34,9 @@ ALPHABET: Final = "abcdefghijklmnopqrstuvwxyz234567"
 
 AUDIT_BYTES: Final = 15 * 1024
 """Bytes of JSON that each part of an audit copy may take: its command, args, env and options."""
+
+DIFFERING: Final = 20
+"""Places in which tasks differ that an audit copy names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,12 +263,14 @@ def audit_copy(request: LaunchRequest) -> str:
     """Write what is asked of the provider as JSON for the audit, secrets redacted.
 
     The items are not repeated: they stay with their chunks. Args and env are those of the first
-    task; the others differ in what their templates took from their chunk. It is written in the
+    task; `differs_by_task` names those in which others differ, by what templates took from their
+    chunk. It is written in the
     transaction that claims a launch, so it is bounded whatever a template was filled with: each
     value to 2,000 characters, and the whole to 64 KiB.
     """
     first = request.tasks[0]
     options = request.options.model_dump(mode="json", exclude_defaults=True)
+    differing = _differing(request.tasks)
     return json.dumps(
         {
             "command": _excerpts(request.command),
@@ -274,12 +280,29 @@ def audit_copy(request: LaunchRequest) -> str:
             "options": options
             if _json_bytes(options) <= AUDIT_BYTES
             else {"…": f"{_json_bytes(options)} bytes are left out"},
+            **({"differs_by_task": differing} if differing else {}),
             "tasks": len(request.tasks),
             "parallelism": request.parallelism,
             "timeout": request.timeout.total_seconds(),
         },
         ensure_ascii=False,
     )
+
+
+def _differing(tasks: Sequence[TaskInput]) -> list[str]:
+    """Name what tasks were given that differs from the first one's: `args.0`, `env.IDS`."""
+    first, *others = tasks
+    args, env = set(), set()
+    for task in others:
+        if task.args != first.args:
+            pairs = enumerate(zip_longest(first.args, task.args))
+            args |= {place for place, (theirs, ours) in pairs if theirs != ours}
+        if task.env != first.env:
+            names = first.env.keys() | task.env.keys()
+            env |= {name for name in names if first.env.get(name) != task.env.get(name)}
+    found = [*(f"args.{place}" for place in sorted(args)), *(f"env.{name}" for name in sorted(env))]
+    left = len(found) - DIFFERING
+    return [name[:100] for name in found[:DIFFERING]] + ([f"… ({left} more)"] if left > 0 else [])
 
 
 def _excerpts(texts: Sequence[str]) -> list[str]:

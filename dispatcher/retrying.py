@@ -88,9 +88,13 @@ def decide(
         return final(f"{used} of {budget} {word} used")
     delay = backoff(policy, used, roll)
     left = "costs no attempt" if budget is None else f"{used} of {budget} {word} used"
-    return Decision(
-        retry=True, delay=delay, reason=f"{ended}; retry in {format_duration(delay)}, {left}"
-    )
+    return Decision(retry=True, delay=delay, reason=f"{ended}; retry in {_told(delay)}, {left}")
+
+
+def _told(delay: timedelta) -> str:
+    """Write a delay for people: to a tenth of a second below a minute, else to the second."""
+    seconds = delay.total_seconds()
+    return format_duration(timedelta(seconds=round(seconds, 1 if seconds < 60 else 0)))  # noqa: PLR2004 - a minute
 
 
 def _used(tally: Mapping[str, int], outcomes: frozenset[Outcome]) -> int:

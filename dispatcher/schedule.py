@@ -16,13 +16,20 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dispatcher.job import Count, Name
 
-__all__ = ["Firing", "Schedule", "firings"]
+__all__ = ["FIRST_SEEN", "MISSED", "Firing", "Schedule", "firings", "next_due"]
 
 LONGEST_GAP: Final = 10_000
 """Due times that are worked through at once."""
 
 ON_TIME: Final = timedelta(minutes=1)
 """A firing is missed when nobody was there for longer than this."""
+
+
+FIRST_SEEN: Final = "first seen"
+"""Why no batch comes of the time at which a worker met a schedule first."""
+
+MISSED: Final = "missed, and catch_up is"
+"""How the reason begins that a due time was passed over as its schedule says."""
 
 
 def _check_cron(text: str) -> str:
@@ -97,5 +104,12 @@ def firings(schedule: Schedule, after: datetime, now: datetime) -> list[Firing]:
     # What is caught up with are the newest: where there are more to come, none of these.
     count = 0 if more else min(len(missed), kept[schedule.catch_up])
     keep = set(missed[len(missed) - count :])
-    why = f"missed, and catch_up is {schedule.catch_up}"
+    why = f"{MISSED} {schedule.catch_up}"
     return [Firing(m, None if m in keep or m in on_time else why) for m in due]
+
+
+def next_due(schedule: Schedule, after: datetime) -> datetime | None:
+    """Say when a schedule is due next, in UTC; None if never again."""
+    for moment in CronSim(schedule.cron, after.astimezone(ZoneInfo(schedule.timezone))):
+        return moment.astimezone(UTC)
+    return None

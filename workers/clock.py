@@ -288,6 +288,7 @@ class Clock:
                 **place.target.model_dump(
                     mode="json", include={"max_running", "max_executions", "launches_per_minute"}
                 ),
+                "absent_grace": place.backend.limits.absent_grace.total_seconds(),
                 **tell(self._storage.told(place)),
             },
             home=place.home,

@@ -6,9 +6,9 @@ import sqlalchemy as sa
 import structlog
 
 from dispatcher.config import Config
-from dispatcher.enqueueing import BatchRequest
+from dispatcher.enqueueing import scheduled
 from dispatcher.errors import DispatcherError, InvalidInput
-from dispatcher.schedule import Firing, Schedule, firings
+from dispatcher.schedule import FIRST_SEEN, Firing, Schedule, firings
 from dispatcher.store import Store
 
 __all__ = ["Firer"]
@@ -48,9 +48,7 @@ class Firer:
             last, now = held
             if last is None:
                 # From here on: a new schedule has missed nothing.
-                self._store.record_firing(
-                    tx, schedule.name, now, batch_id=None, reason="first seen"
-                )
+                self._store.record_firing(tx, schedule.name, now, batch_id=None, reason=FIRST_SEEN)
                 return []
             fired = [self._write(tx, schedule, due) for due in firings(schedule, last, now)]
         return [batch for batch in fired if batch is not None]
@@ -70,12 +68,5 @@ class Firer:
 
     def _enqueue(self, tx: sa.Connection, schedule: Schedule, due: Firing) -> str:
         """Write the batch of a due time; its key keeps it from being written twice for ever."""
-        with BatchRequest(
-            self._config.job(schedule.job),
-            schedule.items,
-            params=schedule.params,
-            key=f"schedule/{schedule.name}/{due.due_at.isoformat()}",
-            labels={"schedule": schedule.name},
-            actor=f"schedule {schedule.name}",
-        ) as request:
+        with scheduled(self._config.job(schedule.job), schedule, due.due_at) as request:
             return request.write(self._store, tx, patient=True)

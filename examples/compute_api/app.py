@@ -38,6 +38,7 @@ from examples.compute_api.computations import (
     Computations,
     NoSuchComputation,
     NotDone,
+    TooLate,
     tables,
 )
 
@@ -266,7 +267,7 @@ def output(computation_id: Id, tenant: Tenant, computations: All) -> Found:
     "/computations/{computation_id}/cancel",
     status_code=202,
     operation_id="cancel",
-    responses=says(404),
+    responses=says(404, 409),
 )
 def cancel(computation_id: Id, tenant: Tenant, computations: All) -> Computation:
     """Ask for the end of a computation; it is `cancelled` once nothing of it runs any more."""
@@ -339,6 +340,7 @@ def create_app(dispatcher: Dispatcher, engine: sa.Engine, tokens: Mapping[str, s
     app.add_exception_handler(InvalidInput, _invalid)
     app.add_exception_handler(IdempotencyConflict, _conflict)
     app.add_exception_handler(NotDone, _conflict)
+    app.add_exception_handler(TooLate, _conflict)
     app.add_exception_handler(NoSuchComputation, _no_such)
     app.add_exception_handler(Unreachable, _later)
     app.add_exception_handler(sa.exc.OperationalError, _later)

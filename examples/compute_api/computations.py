@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
-from dispatcher import Batch, Dispatcher
+from dispatcher import Batch, BatchState, Dispatcher
 
 JOB = "count-primes"
 BLOCK = 1_000_000
@@ -35,6 +35,10 @@ computation = sa.Table(
 
 class NoSuchComputation(Exception):
     """There is none of this id, or it is another tenant's: that is not told apart."""
+
+
+class TooLate(Exception):
+    """It has ended already."""
 
 
 class NotDone(Exception):
@@ -135,13 +139,16 @@ class Computations:
         return list(parts.values())
 
     def cancel(self, tenant: str, computation_id: str) -> Batch:
-        """Ask for the end of a computation; one that has ended stays as it is.
+        """Ask for the end of a computation; again, where it was asked for before.
 
         Raises:
             NoSuchComputation: the tenant has none of this id.
+            TooLate: it had succeeded or failed before.
         """
-        batch = self.get(tenant, computation_id)
-        return batch.cancel(f"cancelled by {tenant}")
+        batch = self.get(tenant, computation_id).cancel(f"cancelled by {tenant}")
+        if batch.finished and batch.state is not BatchState.CANCELLED:
+            raise TooLate(f"it had {batch.state} before it could be cancelled")
+        return batch
 
 
 def blocks(upto: int) -> Iterator[dict[str, int]]:

@@ -221,6 +221,8 @@ export async function run(work) {
         done.push(await succeeded(i, await work(item, i)));
       } catch (error) {
         done.push(failed(i, error));
+        // Without a receipt, the log is all that tells which.
+        if (!uri) console.error(`item ${i}: ${done.at(-1).error ?? "failed"}`);
       }
     }
     clearInterval(timer);

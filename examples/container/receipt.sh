@@ -261,6 +261,8 @@ dispatch_each() {
             failed=1
             printf '{"i":%s,"ok":false,"error":"%s"}\n' "$position" "$error" \
                 >>"$dispatch_work/done"
+            # Without a receipt, the log is all that tells which.
+            [ -n "$dispatch_result" ] || echo "receipt.sh: item $position: $error" >&2
         fi
         position=$((position + 1))
         now=$(date +%s)

@@ -483,6 +483,25 @@ def test_waiting_with_json_gives_one_document(desk: Desk) -> None:
     assert batch["state"] == "succeeded"
 
 
+def test_watch_says_what_failed_and_when_it_is_tried_again(desk: Desk) -> None:
+    again = "retry: {attempts: 2, initial: 1h, max: 1h, jitter: false}"
+    desk.jobs.write_text(desk.jobs.read_text().replace("retry: {attempts: 1}", again, 1))
+    desk.world.script = lambda *_: Ending(Outcome.FAILED, exit_code=3, reason="no such table")
+    batch_id = desk.enqueue("work", "--item", "a")
+    desk.lead()
+    waits = "SELECT 1 FROM dispatcher.chunk WHERE state = 'pending' AND outcome = 'failed'"
+    until(lambda: (desk.turn(), desk.sql(waits))[1], "a chunk that failed")
+    process = desk.spawn("watch", batch_id, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    line = process.stdout.readline().decode()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert "running  0/1 chunks: 1 pending; retry of chunk 0 at " in line
+    assert line.endswith(
+        "Z: failed with exit code 3; retry in 1h, 1 of 2 attempts used: no such table\n"
+    )
+
+
 def test_interrupting_watch_says_that_the_batch_goes_on(desk: Desk) -> None:
     batch_id = desk.enqueue("work", "--item", "a")
     process = desk.spawn("watch", batch_id, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -752,6 +771,7 @@ def test_audit_tells_who_ran_what_with_which_params(desk: Desk) -> None:
     text = desk.ok("audit").out
     assert f"  ann@desk  batch {batch_id}  new → planning  job=measured target=nowhere" in text
     assert f"  worker-1  chunk {batch_id}/0 attempt 1  running → succeeded" in text
+    assert f"  execution {intent['execution']} of {batch_id}  new → intended  " in text
     assert "xyzzy" not in text
     assert desk.ok("audit", "--since", "2999-01-01").out == ""
     assert desk.ok("audit", "--until", "1h").out == ""
@@ -808,7 +828,7 @@ def test_cancel_asks_and_with_wait_sees_it_done(desk: Desk) -> None:
     until(lambda: (desk.turn(), desk.world.running())[1], "a running chunk")
     ran = desk.ok("cancel", batch_id, "--reason", "wrong month")
     assert ran.out == (
-        f"{batch_id} running: its cancel is asked for; 1 chunks still run and are being stopped\n"
+        f"{batch_id} running: its cancel is asked for; 1 chunk still runs and is being stopped\n"
     )
     with working(desk):
         ran = desk.ok("cancel", batch_id, "--wait")
@@ -869,14 +889,85 @@ def test_check_is_content_with_an_installation_that_works(desk: Desk, valkey: st
 
 
 def test_check_names_targets_that_nobody_serves_or_that_are_down(desk: Desk) -> None:
+    no_job = '  far: {backend: "null"}\njobs:\n'
+    desk.jobs.write_text(desk.jobs.read_text().replace("jobs:\n", no_job))
     desk.lead()
     store = desk.engine.store
-    store.target_down("nowhere", "connection refused", resume_in=None)
-    desk.sql("UPDATE dispatcher.target SET lease_until = now() WHERE name = 'here'")
+    store.target_down("far", "connection refused", resume_in=None)
+    desk.sql(
+        "UPDATE dispatcher.target SET lease_until = now(), lease_owner = NULL WHERE name = 'here'"
+    )
     ran = desk.run("check")
     assert ran.code == 4
     assert "does not answer since 20" in ran.out
     assert "nobody serves it: no worker that is alive has it in its jobs file\n" in ran.out
+
+
+def test_check_says_what_it_saw_of_a_target_that_did_not_answer_the_workers(desk: Desk) -> None:
+    desk.jobs.write_text(desk.jobs.read_text().split("  missing:")[0])
+    desk.lead()
+    desk.engine.store.target_down("nowhere", "connection refused", resume_in=None)
+    said = desk.ok("check").out
+    assert (
+        "warn  target nowhere answers this check; the workers have had no answer since 20" in said
+    )
+    assert "→ they say so until their next call there is answered" in said
+
+
+def test_a_worker_that_fell_silent_is_the_reason_that_nobody_serves_its_targets(
+    desk: Desk,
+) -> None:
+    batch_id = desk.enqueue("work", "--item", "a")
+    desk.lead()
+    desk.sql("UPDATE dispatcher.worker SET heartbeat_at = now() - interval '30 s'")
+    desk.sql("UPDATE dispatcher.target SET lease_until = now() - interval '15 s'")
+    said = desk.run("check").out
+    assert "warn  workers   1 may be alive: worker-1 (not heard of for 3" in said
+    assert "target nowhere nobody serves it now: its worker worker-1 has not been heard of" in said
+    assert "jobs file of" not in said
+    assert "the same DISPATCHER_JOBS" not in said
+    told = desk.ok("explain", batch_id).out
+    assert "Nobody serves target nowhere now: its worker worker-1 has not been heard of" in told
+    assert "takes over within seconds" in told
+
+
+SCHEDULE = """
+schedules:
+  nightly: {cron: "0 2 * * *", job: work, items: nightly.txt}
+"""
+
+
+def test_check_tells_of_a_schedule_that_cannot_be_fired_and_of_its_last_time(desk: Desk) -> None:
+    desk.jobs.write_text(desk.jobs.read_text().split("  missing:")[0] + SCHEDULE)
+    desk.lead()
+
+    def said() -> str:
+        lines = desk.run("check").out.splitlines()
+        [place] = [at for at, line in enumerate(lines) if "schedule nightly" in line]
+        return "\n".join(lines[place : place + 2])
+
+    assert "fail  schedule nightly cannot be fired: cannot read items from nightly.txt: " in said()
+    assert "; no worker has met it yet; next due in " in said()
+    assert desk.run("check").code == 1
+    desk.engine.fire()
+    assert "; not due yet since workers met it " in said()
+    # As if it had been due in between.
+    desk.sql(
+        "UPDATE dispatcher.schedule_firing SET due_at = now() - interval '2 days 1 minute 30 s'"
+    )
+    desk.engine.fire()
+    assert ", and no batch: cannot read items from nightly.txt: No such file" in said()
+    # Where the workers are elsewhere, so may the file be.
+    desk.sql("UPDATE dispatcher.worker SET host = 'far'")
+    assert said().startswith("warn  schedule nightly cannot be fired: ")
+    desk.lead()
+    (desk.folder / "nightly.txt").write_text("a\n")
+    assert said().startswith("warn  schedule nightly last due ")
+    assert desk.run("check").code == 0
+    desk.sql("UPDATE dispatcher.schedule_firing SET due_at = due_at - interval '40 days'")
+    [batch_id] = desk.engine.fire()
+    assert said().startswith("ok    schedule nightly last due ")
+    assert f": batch {batch_id}; next due in " in said()
 
 
 def test_check_leaves_a_job_to_the_only_host_that_can_run_it(desk: Desk) -> None:
@@ -1046,7 +1137,7 @@ def test_an_item_that_is_too_large(desk: Desk) -> None:
         "into storage and let the item name it"
     )
     assert desk.refused("enqueue", "work", "--item", "y" * (1 << 20)) == (
-        "error: item 1 is 1,048,578 bytes as JSON and an item may have 1,048,576: put the data "
+        "error: item 0 is 1,048,578 bytes as JSON and an item may have 1,048,576: put the data "
         "into storage and let the item name it"
     )
 

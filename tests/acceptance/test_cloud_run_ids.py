@@ -152,7 +152,7 @@ def test_ids_run_as_many_tasks_as_there_are_chunks_and_only_what_failed_runs_aga
         (bad,) = story.dispatcher.chunks(batch.id, states=[ChunkState.FAILED], items=True)
         assert json.loads(bad.items or "") == of_bad[name]
         assert [(one.outcome, one.exit_code) for one in bad.attempts] == [("failed", 1)] * 2
-        assert "sample-job" in str(bad.attempts[-1].console_url)
+        assert "sample-job" in str(bad.attempts[-1].handle)
         shown = story.command("show", "--failed", batch.id)
         assert f"id {BAD}: " in shown.stdout
         # One retry, with nothing else in it.

@@ -162,6 +162,16 @@ def test_a_computation_that_runs_is_cancelled(api: Api) -> None:
     assert (again.status_code, again.json()["state"]) == (202, "cancelled")
 
 
+def test_a_computation_that_has_succeeded_is_not_cancelled(api: Api) -> None:
+    api.site.worker()
+    path = api.post("short", upto=10, tasks=1).headers["Location"]
+    api.ended(path)
+    answer = api.client.post(f"{path}/cancel", headers=ANN)
+    assert answer.status_code == 409
+    assert answer.json()["detail"] == "it had succeeded before it could be cancelled"
+    assert api.get(path).json()["state"] == "succeeded"
+
+
 # --- once, or not at all --------------------------------------------------------------------------
 
 

@@ -294,6 +294,26 @@ class TestAProgram:
         assert "items failed, and there is no DISPATCH_RESULT_URI to say so at" in err
         assert ended(box.python("import container; container.report_at(0, False)"))[0] == 1
 
+    def test_that_has_no_place_for_a_receipt_names_the_items_that_failed(
+        self, box: Container
+    ) -> None:
+        del box.env["DISPATCH_RESULT_URI"]
+        box.env["DISPATCH_ITEMS"] = json.dumps(["a", {"b": 1}, *range(10)])
+        fails = "import container\nfor item in container.items(): container.report(item, False, "
+        _, _, err = ended(box.python(fails + "error='no\\nway')"))
+        assert 'say so at:\n  item 0 ("a"): no way\n  item 1 ({"b":1}): no way\n' in err
+        assert err.endswith("  item 9 (7): no way\n  and 2 more\n")
+        code, _, err = ended(box.wrapper("--each", "--", "false"))
+        assert code == 1
+        assert 'say so at:\n  item 0 ("a"): exit code 1\n' in err
+        if shutil.which("node"):
+            code, _, err = ended(box.node("() => { throw new Error('no way') }"))
+            assert (code, err.splitlines()[0]) == (1, "item 0: Error: no way")
+        box.env["DISPATCH_ITEMS"] = "[7, 8]"
+        code, _, err = ended(box.shell("dispatch_each false"))
+        assert code == 1
+        assert err == "receipt.sh: item 0: exit code 1\nreceipt.sh: item 1: exit code 1\n"
+
     def test_its_forked_children_write_nothing(self, box: Container) -> None:
         program = """
 import container, multiprocessing, os, signal

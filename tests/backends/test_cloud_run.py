@@ -36,6 +36,7 @@ from dispatcher.backends.cloud_run import (
     outcomes,
 )
 from dispatcher.backends.cloud_run.checking import on_paper
+from dispatcher.backends.cloud_run.reading import launched_as
 from dispatcher.job import Chunking, Job
 from dispatcher.states import Outcome
 
@@ -156,6 +157,17 @@ def test_a_handle_is_the_full_name_and_leads_to_the_console() -> None:
     )
     assert "etl-abcde" in name.logs_url
     assert "\n" not in name.logs_url
+
+
+def test_only_what_runs_at_google_is_linked_to_its_console() -> None:
+    name = names.read_handle(HANDLE)
+    assert name is not None
+    there = launched_as(CloudRunSettings.model_validate(PLACE), name, "k")
+    assert (there.console_url, there.logs_url) == (name.console_url, name.logs_url)
+    emulator = {**PLACE, "endpoint": "localhost:8080", "insecure": True}
+    assert launched_as(CloudRunSettings.model_validate(emulator), name, "k", "https://x") == (
+        Launched(HANDLE, "k")
+    )
 
 
 @given(st.text())
@@ -527,6 +539,11 @@ def test_what_the_client_raises_at_a_launch_is_a_refusal_a_not_now_or_open(
     assert type(told) is kind
     assert getattr(told, "not_started", None) == clear
     assert str(told).startswith("cannot run it: ")
+
+
+def test_what_is_to_be_done_follows_what_the_provider_said_without_its_stop() -> None:
+    told = str(failures.at_launch(api.NotFound("Job x does not exist."), "cannot run it"))
+    assert "Job x does not exist; " in told
 
 
 def test_old_front_ends_say_forbidden_for_a_rate() -> None:

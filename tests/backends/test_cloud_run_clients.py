@@ -67,6 +67,21 @@ def request() -> LaunchRequest:
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [({"endpoint": "localhost:8080"}, True), ({"endpoint": "run.test"}, False)]
+)
+def test_without_credentials_an_endpoint_on_this_machine_is_taken_for_an_emulators(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], said: bool
+) -> None:
+    def default(scopes: list[str]) -> None:
+        raise exceptions.DefaultCredentialsError(f"none were found for {scopes}")  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(google.auth, "default", default)
+    with pytest.raises(Rejected, match="none were found") as caught:
+        CloudRunBackend("cloud", settings(**given)).launch(request())
+    assert ("set `insecure: true` at the target" in str(caught.value)) is said
+
+
 @pytest.mark.parametrize("transport", ["grpc", "rest"])
 def test_clients_are_made_once_and_a_token_is_kept_while_it_is_good(
     monkeypatch: pytest.MonkeyPatch, transport: str

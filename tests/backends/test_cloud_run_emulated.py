@@ -43,6 +43,7 @@ from dispatcher.emulators.cloud_run.faults import (
     stale_lists,
 )
 from dispatcher.emulators.cloud_run.options import EmulatorOptions
+from dispatcher.emulators.cloud_run.scripted import ScriptRunner
 from dispatcher.job import Job
 from dispatcher.states import Outcome
 
@@ -159,16 +160,14 @@ def ended(backend: CloudRunBackend, handle: Handle) -> Report:
 
 
 @pytest.mark.parametrize("transport", ["grpc", "rest"])
-def test_a_launch_is_one_call_with_links_from_the_first_second(
+def test_a_launch_is_one_call_and_links_to_no_console_that_does_not_have_it(
     cloud: Cloud, transport: str
 ) -> None:
     cloud.script = lambda _start: LONG
     backend = cloud.backend(transport=transport)
     launched = backend.launch(request(3))
     assert launched.handle.startswith(f"projects/{PROJECT}/locations/{REGION}/jobs/etl/executions/")
-    assert launched.console_url is not None
-    assert launched.handle.rpartition("/")[2] in launched.console_url
-    assert launched.logs_url
+    assert (launched.console_url, launched.logs_url) == (None, None)
     assert cloud.calls == {"Jobs.GetJob": 1, RUN: 1}
     backend.launch(request(2))
     assert cloud.calls == {"Jobs.GetJob": 1, RUN: 2}, "the job is looked at every five minutes"
@@ -1051,6 +1050,18 @@ def test_apply_shows_the_difference_first_and_writes_when_told_to(
     assert json.loads(out) == [
         {"job": "nightly", "target": "cloud", "changes": [], "applied": None}
     ]
+
+
+def test_apply_says_that_what_it_wrote_cannot_run_yet(jobs_file: str) -> None:
+    document = json.loads(Path(jobs_file).read_text())
+    with CloudRunEmulator(runner=ScriptRunner(images={"another"})) as emulator:
+        document["targets"]["cloud"]["endpoint"] = emulator.grpc_address
+        Path(jobs_file).write_text(json.dumps(document))
+        code, out, err = run_apply("--jobs", jobs_file, "--yes")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("applied ")
+    assert "job nightly cannot run yet: " in err
+    assert "img:1" in err
 
 
 def test_apply_refuses_a_job_without_a_definition_by_name(cloud: Cloud, jobs_file: str) -> None:

@@ -170,7 +170,7 @@ def test_items_that_cannot_be_used_leave_nothing_behind(bench: Bench, tmp_path: 
 
     with pytest.raises(ZeroDivisionError):
         bench.enqueue(broken())
-    with pytest.raises(InvalidItems, match=r"^item 3001 is an? object, which is not a JSON value"):
+    with pytest.raises(InvalidItems, match=r"^item 3000 is an? object, which is not a JSON value"):
         bench.enqueue([*range(3000), object()])
     with pytest.raises(InvalidItems, match="half of a surrogate pair"):
         bench.enqueue(["\ud800"])

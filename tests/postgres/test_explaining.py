@@ -12,6 +12,7 @@ from workbench import HERE, LEASE, Bench, job
 from dispatcher.errors import InvalidInput, UnknownBatch
 from dispatcher.explaining import Explanation, explain
 from dispatcher.moments import clock
+from dispatcher.rendering import batch_row, summary
 from dispatcher.states import Outcome
 from dispatcher.testing import Ending, Fault
 
@@ -27,6 +28,8 @@ def awake(bench: Bench, host: str = "h1", **problems: str) -> None:
     limits = target.model_dump(
         mode="json", include={"max_running", "max_executions", "launches_per_minute"}
     )
+    grace = bench.engine.places[HERE].backend.limits.absent_grace
+    limits["absent_grace"] = grace.total_seconds()
     bench.store.lease(HERE, backend="null", limits=limits, home=None, lease=LEASE)
 
 
@@ -83,7 +86,7 @@ def test_a_worker_that_fell_silent_is_named_by_its_last_heartbeat(bench: Bench) 
     said = told(bench, batch)
     assert codes(said)[0] == "no_worker"
     assert text(said, "no_worker") == (
-        f"Nothing moves: no worker has been alive since 18 min ago ({at(bench, -1080)}); start "
+        f"Nothing moves: no worker has been alive since {at(bench, -1080)} (18 min ago); start "
         "one. What runs already runs on."
     )
 
@@ -133,7 +136,7 @@ def test_what_workers_say_of_a_target_that_they_do_not_serve_is_told(bench: Benc
     said = told(bench, batch)
     assert codes(said) == ["unserved", "progress", "due", "deadline"]
     assert text(said, "unserved") == (
-        f"No worker that is alive serves target here since 40 s ago ({at(bench, -40)}): its key "
+        f"No worker that is alive serves target here since {at(bench, -40)} (40 s ago): its key "
         "has expired."
     )
 
@@ -341,8 +344,8 @@ def test_a_target_that_is_down_says_when_launches_resume(bench: Bench) -> None:
     said = told(bench, batch)
     assert codes(said) == ["progress", "target_down", "deadline"]
     assert text(said, "target_down") == (
-        f"1 chunk could be launched now, but target here does not answer since 5 s ago "
-        f"({at(bench, -5)}) (connection refused); launches resume in 7 s ({at(bench, 7)})."
+        "1 chunk could be launched now, but target here does not answer since "
+        f"{at(bench, -5)} (5 s ago) (connection refused); launches resume in 7 s ({at(bench, 7)})."
     )
 
 
@@ -353,7 +356,7 @@ def test_news_of_a_target_that_cannot_be_polled_are_said_to_be_late(bench: Bench
     bench.turn()
     bench.store.target_down(HERE, "throttled", resume_in=None)
     expected = (
-        f"Target here does not answer since just now ({at(bench)}) (throttled): what has ended "
+        f"Target here does not answer since {at(bench)} (just now) (throttled): what has ended "
         "there is noted when it does."
     )
     assert text(told(bench, batch), "target_down") == expected
@@ -509,7 +512,7 @@ def test_an_unclear_launch_says_that_it_is_looked_up(bench: Bench) -> None:
     said = told(bench, batch, 0)
     assert text(said, "unknown") == (
         "It is not known whether the launch of attempt 1 of chunk 0 started anything (call of "
-        f"just now ({at(bench, 15)}): Unavailable: scripted fault of launch: unavailable): it is "
+        f"just now ({at(bench)}): Unavailable: scripted fault of launch: unavailable): it is "
         f"looked up by its key on target here, next in 2 s ({at(bench, 2)}); 1 look found nothing "
         "so far."
     )
@@ -524,9 +527,9 @@ def test_an_execution_that_has_not_started_says_until_when(bench: Bench) -> None
     bench.advance(58)
     awake(bench)
     assert told(bench, batch, 0).text == (
-        "Attempt 1 of chunk 0 is accepted by target here since 60 s ago "
-        f"({at(bench, -60)}) and not started yet; given up if not started in 9 min "
-        f"({at(bench, 540)})."
+        "Attempt 1 of chunk 0 is accepted by target here since "
+        f"{at(bench, -60)} (60 s ago), which counts as running, and not started yet; given up if "
+        f"not started in 9 min ({at(bench, 540)})."
     )
 
 
@@ -540,7 +543,7 @@ def test_a_running_chunk_says_since_when_and_how_long_it_may(bench: Bench) -> No
     awake(bench)
     handle = bench.sql("SELECT handle FROM dispatcher.execution")[0]
     assert told(bench, batch, 0).text == (
-        f"Attempt 1 of chunk 0 runs since 18 min ago ({at(bench, -1080)}) as {handle} on target "
+        f"Attempt 1 of chunk 0 runs since {at(bench, -1080)} (18 min ago) as {handle} on target "
         f"here; a task is stopped after 60 min, the execution at the latest in 52 min "
         f"({at(bench, 4230 - 1080)})."
     )
@@ -568,8 +571,8 @@ def test_an_execution_that_the_provider_does_not_know_says_since_when(
     bench.world.vanish(bench.world.handles()[0])
     bench.turn(2)
     assert told(bench, batch, 0).text == (
-        f"Attempt 1 of chunk 0 is unknown to target here since just now ({at(bench)}); if that "
-        "stays so for its grace, it counts as lost after a last cancel."
+        f"Attempt 1 of chunk 0 is unknown to target here since {at(bench)} (just now); if that "
+        f"stays so for its grace until {at(bench, 300)}, it counts as lost after a last cancel."
     )
 
 
@@ -587,7 +590,7 @@ def test_an_execution_that_is_ended_for_its_time_says_so(bench: Bench) -> None:
     bench.follow()
     said = told(bench, batch, 0)
     assert text(said, "cancelling") == (
-        f"Attempt 1 of chunk 0 is being ended since just now ({at(bench)}), as it ran past its "
+        f"Attempt 1 of chunk 0 is being ended since {at(bench)} (just now), as it ran past its "
         f"deadline; the provider is asked again in 2 s ({at(bench, 2)}) (1 call so far)."
     )
 
@@ -620,7 +623,7 @@ def test_a_cancel_says_who_asked_when_and_what_is_confirmed(bench: Bench) -> Non
     assert (found["actor"], found["executions"], found["confirmed"]) == ("app", 3, 1)
     next_call = bench.sql("SELECT min(next_cancel_at) FROM dispatcher.execution")[0]
     assert text(said, "cancelling").startswith(
-        f"app asked 3 s ago ({at(bench, -3)}) for its cancel (wrong month); 1 of 3 executions are "
+        f"app asked 3 s ago ({at(bench, -3)}) for its cancel (wrong month); 1 of 3 executions is "
         "confirmed to have ended, and the provider is asked again in "
         f"{(next_call - bench.at).total_seconds():.0f} s "
     )
@@ -673,8 +676,8 @@ def test_a_batch_past_its_deadline_is_being_ended(bench: Bench) -> None:
     awake(bench)
     bench.plan()
     assert text(told(bench, batch), "cancelling").startswith(
-        f"It is being ended since just now ({at(bench)}): the batch's deadline passed; 0 of 1 "
-        "executions are confirmed to have ended, and the provider is asked again at once"
+        f"It is being ended since {at(bench)} (just now): the batch's deadline passed; 0 of 1 "
+        "execution is confirmed to have ended, and the provider is asked again at once"
     )
 
 
@@ -735,11 +738,9 @@ def test_a_failed_batch_names_its_first_failures_and_the_way_back(make_bench: Ma
     said = told(bench, batch)
     assert codes(said) == ["failed", *["failed_chunk"] * 3, "retry"]
     assert said.text == (
-        f"It failed just now ({at(bench)}): 4 of 4 chunks failed: failed with exit code 65; the "
-        "job says not to retry exit code 65. "
+        f"It failed just now ({at(bench)}): 4 of 4 chunks failed. "
         "Chunk 0: failed with exit code 65; the job says not to retry exit code 65. "
-        "Chunk 1: failed with exit code 65; the job says not to retry exit code 65. "
-        "Chunk 2: failed with exit code 65; the job says not to retry exit code 65. "
+        "Chunk 1: as chunk 0. Chunk 2: as chunk 0. "
         f"`dispatcher retry --failed {batch.id}` runs 4 chunks again, with fresh budgets."
     )
     assert told(bench, batch, 3).text == (
@@ -747,6 +748,41 @@ def test_a_failed_batch_names_its_first_failures_and_the_way_back(make_bench: Ma
         f"job says not to retry exit code 65. `dispatcher retry --failed {batch.id}` runs 4 "
         "chunks again, with fresh budgets."
     )
+
+
+def test_a_reason_that_ends_with_a_stop_is_said_once_and_has_one_stop(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(job(retry={"attempts": 1}))
+    awake(bench)
+    bench.script(Ending(Outcome.FAILED, exit_code=1, reason="The container exited with an error."))
+    batch = bench.enqueue([1])
+    assert text(told(bench, batch), "unplanned")
+    bench.plan()
+    assert text(told(bench, batch), "progress") == "0 of 1 chunk is final."
+    bench.finish(batch)
+    said = told(bench, batch).text
+    assert said.count("The container exited with an error") == 1
+    assert ".." not in said
+    assert f"exited with an error. `dispatcher retry --failed {batch.id}`" in said
+    assert ".." not in told(bench, batch, 0).text
+
+
+def test_an_outage_that_a_launch_met_is_told_in_full_only_once(bench: Bench) -> None:
+    awake(bench)
+    batch = bench.enqueue([1])
+    bench.plan()
+    why = "Unavailable: 503 the service is unavailable, please try again later."
+    bench.world.fail_next("launch", Fault.UNAVAILABLE)
+    bench.launch()
+    bench.sql("UPDATE dispatcher.execution SET reason = :why", why=why)
+    bench.store.target_down(HERE, why.removeprefix("Unavailable: "), resume_in=None)
+    bench.sql("UPDATE dispatcher.target SET resume_at = NULL")
+    said = told(bench, batch)
+    assert {"unknown", "target_down"} <= set(codes(said))
+    assert said.text.count("503 the service is unavailable") == 1
+    assert "(as said above)" in text(said, "target_down")
+    assert reason(said, "target_down")["reason"].startswith("503 the service")
 
 
 def test_a_failed_chunk_of_a_batch_that_runs_waits_for_its_end(make_bench: MakeBench) -> None:
@@ -783,9 +819,26 @@ def test_a_batch_that_could_not_be_planned_says_why(make_bench: MakeBench) -> No
     said = told(bench, batch)
     assert codes(said) == ["failed", "retry"]
     assert said.text.startswith(
-        f"It failed just now ({at(bench)}) unplanned: item 1 is no object, so it has no 'bytes'"
+        f"It failed just now ({at(bench)}) unplanned: item 0 is no object, so it has no 'bytes'"
     )
     assert said.text.endswith(f"`dispatcher retry --failed {batch.id}` plans it again.")
+
+
+def test_what_an_item_source_wrote_comes_in_lines_after_the_sentence(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(job(chunk={"max_items": 2, "balance_by": "bytes"}))
+    batch = bench.enqueue([1])
+    bench.plan()
+    why = "item source 'm:f': f() raised ValueError: boom\nThe last it wrote:\n  Traceback"
+    bench.sql("UPDATE dispatcher.batch SET reason = :why", why=why)
+    assert told(bench, batch).text == (
+        f"It failed just now ({at(bench)}) unplanned: item source 'm:f': f() raised ValueError: "
+        "boom.\nThe last it wrote:\n  Traceback\n"
+        f"`dispatcher retry --failed {batch.id}` plans it again."
+    )
+    assert batch_row(batch.refresh(), bench.at)[-1] == why.partition("\n")[0]
+    assert summary(batch.refresh(), bench.at).endswith("boom")
 
 
 def test_a_cancelled_batch_says_by_whom_and_what_had_succeeded(make_bench: MakeBench) -> None:
@@ -800,7 +853,7 @@ def test_a_cancelled_batch_says_by_whom_and_what_had_succeeded(make_bench: MakeB
     said = told(bench, batch)
     assert codes(said) == ["cancelled", "retry"]
     assert said.text == (
-        f"It was cancelled by app, and nothing of it runs since just now ({at(bench)}) (wrong "
+        f"It was cancelled by app, and nothing of it runs since {at(bench)} (just now) (wrong "
         f"month); 1 chunk had succeeded. `dispatcher retry --failed {batch.id}` runs 2 chunks "
         "again, with fresh budgets."
     )

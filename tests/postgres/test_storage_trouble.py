@@ -117,7 +117,7 @@ def test_what_was_enqueued_before_waits_for_the_storage_and_no_attempt_is_spent(
     assert bench.sql("SELECT count(*) FROM dispatcher.execution") == [0]
     said = explain(bench.store, batch.id)
     assert (
-        "0 of 1 chunk are final. 1 chunk could be launched now, but the job gives its tasks signed "
+        "0 of 1 chunk is final. 1 chunk could be launched now, but the job gives its tasks signed "
         f"URLs, and the storage of target here cannot be used: {GONE}. A worker looks every half "
         "minute, and launches when it is mended."
     ) in said.text

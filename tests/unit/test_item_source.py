@@ -148,6 +148,27 @@ def test_an_error_in_the_function_is_told_with_the_last_lines_it_wrote(
     assert not any("item_source_child" in line for line in said)
 
 
+def test_the_traceback_is_of_the_users_own_frames(write: Write, run: Run, tmp_path: Path) -> None:
+    write("raise LookupError('at import')")
+    said = refusal(run()).splitlines()
+    assert said[0].startswith("item source 'listing:items': module 'listing' cannot be imported: ")
+    assert [line.split(", ")[0] for line in said[2:4]] == [
+        "  Traceback (most recent call last):",
+        f'    File "{tmp_path / "listing.py"}"',
+    ]
+    assert not any("importlib" in line or "item_source_child" in line for line in said)
+
+
+def test_a_deep_traceback_keeps_its_head_and_its_last_calls(write: Write, run: Run) -> None:
+    write("""
+        def items(depth=50):
+            return items(depth - 1) if depth else [][7]
+    """)
+    said = refusal(run()).splitlines()
+    assert said[2] == "  Traceback (most recent call last):"
+    assert said[-1] == "  IndexError: list index out of range"
+
+
 @pytest.mark.parametrize(
     ("code", "spec", "said"),
     [
@@ -160,9 +181,9 @@ def test_an_error_in_the_function_is_told_with_the_last_lines_it_wrote(
         ("def items(): return 'abc'", "listing:items", "what items() returns must be a list or "),
         ("def items(): pass", "listing:items", "what items() returns must be a list or another "),
         ("async def items(): pass", "listing:items", "what items() returns must be a list or ano"),
-        ("def items(): yield {1}", "listing:items", "item 1 is a set, which is not a JSON value:"),
+        ("def items(): yield {1}", "listing:items", "item 0 is a set, which is not a JSON value:"),
         ("import sys\ndef items(): yield sys.exit(4)", "listing:items", "items() raised SystemEx"),
-        (f"def items(): yield 'x' * {MAX_ITEM_BYTES}", "listing:items", "item 1 is 1,048,578 byt"),
+        (f"def items(): yield 'x' * {MAX_ITEM_BYTES}", "listing:items", "item 0 is 1,048,578 byt"),
     ],
 )
 def test_a_source_that_cannot_be_used_says_why(

@@ -99,18 +99,18 @@ class TestValues:
 
     def test_what_is_no_json_is_named_with_its_position_type_and_value(self) -> None:
         assert refusal(["a", 2, datetime(2024, 5, 1)]) == (  # noqa: DTZ001 - any will do
-            "item 3 is a datetime.datetime, which is not a JSON value: "
+            "item 2 is a datetime.datetime, which is not a JSON value: "
             "datetime.datetime(2024, 5, 1, 0, 0)"
         )
-        assert refusal([{"when": [{1}]}]) == "item 1 holds a set, which is not a JSON value: {1}"
+        assert refusal([{"when": [{1}]}]) == "item 0 holds a set, which is not a JSON value: {1}"
 
     @pytest.mark.parametrize(
         ("value", "said"),
         [
-            (float("nan"), r"item 1 is a float that cannot be written as JSON: nan \(Out of range"),
-            ({(1, 2): 3}, r"item 1 is a dict that cannot be .*keys must be str"),
-            ("\ud800", r"item 1 is a str that cannot be .*half of a surrogate pair"),
-            (["\ud800"], r"item 1 is a list that cannot be .*half of a surrogate pair"),
+            (float("nan"), r"item 0 is a float that cannot be written as JSON: nan \(Out of range"),
+            ({(1, 2): 3}, r"item 0 is a dict that cannot be .*keys must be str"),
+            ("\ud800", r"item 0 is a str that cannot be .*half of a surrogate pair"),
+            (["\ud800"], r"item 0 is a list that cannot be .*half of a surrogate pair"),
         ],
     )
     def test_what_json_cannot_hold_is_refused(self, value: object, said: str) -> None:
@@ -128,7 +128,7 @@ class TestValues:
     def test_an_item_too_large_is_refused_with_its_position_and_size(self) -> None:
         assert texts(["x" * (MAX_ITEM_BYTES - 2)])
         assert refusal(["a", "é" * MAX_ITEM_BYTES]) == (
-            "item 2 is 2,097,154 bytes as JSON and an item may have 1,048,576: "
+            "item 1 is 2,097,154 bytes as JSON and an item may have 1,048,576: "
             "put the data into storage and let the item name it"
         )
 

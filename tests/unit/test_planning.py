@@ -185,13 +185,13 @@ class TestBalance:
     @pytest.mark.parametrize(
         ("item", "said"),
         [
-            ('{"id":7}', "item 2 has no 'bytes', by which the job balances: {\"id\":7}; give each"),
-            ("[1]", "item 2 is no object, so it has no 'bytes' to balance by: [1]; "),
+            ('{"id":7}', "item 1 has no 'bytes', by which the job balances: {\"id\":7}; give each"),
+            ("[1]", "item 1 is no object, so it has no 'bytes' to balance by: [1]; "),
             *(
                 (
                     f'{{"bytes":{value}}}',
                     (
-                        f"item 2 has 'bytes' = {shown}, by which the job balances; it must be a "
+                        f"item 1 has 'bytes' = {shown}, by which the job balances; it must be a "
                         "number from 0 to 1e+18"
                     ),
                 )

@@ -112,6 +112,21 @@ def test_the_audit_keeps_what_was_asked_without_its_secrets() -> None:
     assert (kept["tasks"], kept["parallelism"], kept["timeout"]) == (1, 1, 3600.0)
 
 
+def test_the_audit_of_a_pack_says_what_differs_by_task() -> None:
+    one = job(args=["fixed", "{items:csv}"], env={"IDS": "{items:csv}", "FIXED": "x"})
+    pack = plan(one.model_copy(update={"options": {"max_tasks": 2, "parallelism": 2}}))
+    given = [(0, 1, None), (1, 1, None)]
+    kept = json.loads(
+        audit_copy(
+            launch_request(pack, "key", "inst", given, {0: "[1]", 1: "[2]"}, intended_at=NOW)
+        )
+    )
+    assert (kept["env"]["IDS"], kept["tasks"]) == ("1", 2)
+    assert kept["differs_by_task"] == ["args.1", "env.IDS"]
+    alone = audit_copy(launch_request(pack, "key", "inst", given[:1], {0: "[1]"}, intended_at=NOW))
+    assert "differs_by_task" not in alone
+
+
 def test_the_audit_is_bounded_whatever_its_templates_were_filled_with() -> None:
     items = json.dumps([f"http://host:8080/{number}" for number in range(50_000)])
     one = job(

@@ -121,3 +121,13 @@ def test_the_reason_says_what_is_used_and_what_comes_next(
     outcome: Outcome, code: int | None, tally: dict[str, int], reason: str
 ) -> None:
     assert decide(policy(), outcome, code, tally, 0.5).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("roll", "said"), [(0.1908258, "retry in 3.8s, "), (0.00001, "retry in 0s, ")]
+)
+def test_a_delay_is_told_to_a_tenth_of_a_second(roll: float, said: str) -> None:
+    spread = policy(attempts=9, initial="20s", jitter=True)
+    assert said in decide(spread, Outcome.FAILED, 1, {"failed": 1}, roll).reason
+    long = policy(attempts=9, initial="10m", max="10m", jitter=True)
+    assert "retry in 1m54s, " in decide(long, Outcome.FAILED, 1, {"failed": 1}, 0.1908258).reason

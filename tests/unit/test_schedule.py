@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatcher import ConfigurationError, load_config
-from dispatcher.schedule import Schedule, firings
+from dispatcher.schedule import Schedule, firings, next_due
 
 
 def schedule(cron: str = "0 2 * * *", **more: Any) -> Schedule:
@@ -25,6 +25,12 @@ def at(text: str) -> datetime:
 def test_a_line_is_read_in_its_own_time_zone() -> None:
     due = firings(schedule("0 6 * * *", timezone="Asia/Tokyo"), at("2026-11-01"), at("2026-11-02"))
     assert [firing.due_at for firing in due] == [at("2026-11-01T21:00")]
+
+
+def test_the_next_due_time_is_told_in_utc() -> None:
+    tokyo = schedule("0 6 * * *", timezone="Asia/Tokyo")
+    assert next_due(tokyo, at("2026-11-01")) == at("2026-11-01T21:00")
+    assert next_due(tokyo, at("2026-11-01T21:00")) == at("2026-11-02T21:00")
 
 
 def test_a_time_that_a_change_of_clocks_leaves_out_or_doubles_fires_once() -> None:

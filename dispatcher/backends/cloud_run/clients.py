@@ -16,6 +16,7 @@ import google.auth
 import grpc
 from google.api_core import grpc_helpers
 from google.auth import credentials as auth_credentials
+from google.auth import exceptions as auth_exceptions
 from google.auth import impersonated_credentials
 from google.auth.transport import requests as auth_requests
 from google.cloud import run_v2
@@ -27,7 +28,7 @@ from google.cloud.run_v2.services.executions.transports import ExecutionsGrpcTra
 from google.cloud.run_v2.services.jobs.transports import JobsGrpcTransport
 from google.cloud.run_v2.services.tasks.transports import TasksGrpcTransport
 
-from dispatcher.backends.cloud_run.options import CloudRunSettings
+from dispatcher.backends.cloud_run.options import CloudRunSettings, is_loopback
 
 __all__ = ["Clients", "RunClients"]
 
@@ -153,7 +154,16 @@ class Clients:
     def _find_credentials(self) -> auth_credentials.Credentials:
         if self._settings.insecure:
             return auth_credentials.AnonymousCredentials()  # type: ignore[no-untyped-call]  # as above
-        found, _ = google.auth.default(scopes=list(SCOPES))
+        try:
+            found, _ = google.auth.default(scopes=list(SCOPES))
+        except auth_exceptions.DefaultCredentialsError as error:
+            endpoint = self._settings.endpoint
+            if endpoint is None or not is_loopback(endpoint):
+                raise
+            raise auth_exceptions.DefaultCredentialsError(  # type: ignore[no-untyped-call]  # as above
+                f"the endpoint {endpoint} is on this machine: if it is an emulator, set `insecure: "
+                f"true` at the target, and no credentials are needed ({error})"
+            ) from error
         if self._settings.impersonate is None:
             return found
         return impersonated_credentials.Credentials(  # type: ignore[no-untyped-call]  # as above

@@ -140,14 +140,19 @@ def at_launch(error: Exception, what: str, forbidden: str | None = None) -> Back
     if isinstance(error, auth.GoogleAuthError):
         if _may_pass(error):
             return Unavailable(text, not_started=True)
-        return Rejected(f"{text}; {_CREDENTIALS}")
+        return Rejected(_with(text, _CREDENTIALS))
     code = getattr(error, "code", None)
     if isinstance(error, _REFUSALS) or code == _TOO_LARGE:
         hint = next((hint for kind, hint in _HINTS if isinstance(error, kind)), None)
         if isinstance(error, api.Forbidden):
             hint = forbidden or hint
-        return Rejected(f"{text}; {hint}" if hint else text)
+        return Rejected(_with(text, hint))
     return Unavailable(text)
+
+
+def _with(text: str, hint: str | None) -> str:
+    """Add what is to be done to what the provider said, which may end with a stop."""
+    return text if hint is None else f"{text.rstrip('.')}; {hint}"
 
 
 def at_read(error: Exception, what: str) -> Unavailable:
@@ -158,7 +163,7 @@ def at_read(error: Exception, what: str) -> Unavailable:
         hint = next(hint for kind, hint in _HINTS if isinstance(error, kind))
     throttled = _is_throttle(error)
     return Unavailable(
-        f"{text}; {hint}" if hint else text,
+        _with(text, hint),
         not_started=throttled,
         retry_after=_retry_after(error) if throttled else None,
     )

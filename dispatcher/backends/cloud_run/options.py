@@ -230,7 +230,7 @@ class CloudRunSettings(_Value):
         for endpoint in given:
             if not self.insecure and endpoint.startswith("http://"):
                 raise ValueError(f"must set `insecure` too for the endpoint {endpoint}, or https")
-            if self.insecure is True and not _is_loopback(endpoint):
+            if self.insecure is True and not is_loopback(endpoint):
                 raise ValueError(
                     f"must have an endpoint on this machine when `insecure` is true, not "
                     f"{endpoint}: everything would travel in plain text;"
@@ -250,7 +250,8 @@ class CloudRunSettings(_Value):
         return host if has_port else f"{host}:{80 if self.insecure else 443}"
 
 
-def _is_loopback(endpoint: str) -> bool:
+def is_loopback(endpoint: str) -> bool:
+    """Say whether an endpoint is surely on this machine."""
     match = _ENDPOINT.fullmatch(endpoint)
     host = match["host"].strip("[]") if match else ""
     if host == "localhost" or host.endswith(".localhost"):

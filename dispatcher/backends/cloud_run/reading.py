@@ -42,7 +42,7 @@ from dispatcher.backends.cloud_run.names import (
 )
 from dispatcher.backends.cloud_run.options import CloudRunSettings
 
-__all__ = ["PAGE", "Reader"]
+__all__ = ["PAGE", "Reader", "launched_as"]
 
 log = structlog.get_logger(__name__)
 
@@ -495,7 +495,7 @@ class Reader:
         for known in self._memory.live(instance, since, seen_after):
             name = read_handle(known.handle)
             if name is not None:
-                found.append(_launched(name, known.key))
+                found.append(launched_as(self._settings, name, known.key))
         return found
 
     def _scan_pages(self, parent: str, *, full: bool) -> None:
@@ -527,7 +527,7 @@ class Reader:
         name = same_place(execution.name, parent)
         if name is None:
             return None
-        launched = _launched(name, request.key, execution.log_uri)
+        launched = launched_as(self._settings, name, request.key, execution.log_uri)
         created = outcomes.moment(execution, "create_time")
         self._memory.note_launch(launched, created, request.instance)
         return launched
@@ -540,7 +540,7 @@ class Reader:
             marks = _marks(execution)
             if not marks.get("DISPATCH_KEY"):
                 return False
-            launched = _launched(name, marks["DISPATCH_KEY"], execution.log_uri)
+            launched = launched_as(self._settings, name, marks["DISPATCH_KEY"], execution.log_uri)
             created = outcomes.moment(execution, "create_time")
             self._memory.note_launch(launched, created, marks.get("DISPATCH_INSTANCE", ""))
             known = self._memory.of(name.handle)
@@ -635,5 +635,10 @@ def _marks(execution: Any) -> dict[str, str]:
     }
 
 
-def _launched(name: ExecutionName, key: str, log_uri: str = "") -> Launched:
+def launched_as(
+    settings: CloudRunSettings, name: ExecutionName, key: str, log_uri: str = ""
+) -> Launched:
+    """Say what was launched, with links to Google's console unless it is elsewhere than there."""
+    if settings.insecure:  # an emulator's: its project may be somebody's at Google
+        return Launched(name.handle, key)
     return Launched(name.handle, key, name.console_url, log_uri or name.logs_url)
