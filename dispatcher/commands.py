@@ -885,7 +885,7 @@ def run_standalone(
     postgres_port: int | None,
     valkey_port: int | None,
     databases: Sequence[str],
-    prepare: Sequence[str],
+    prepare: str,
 ) -> int:
     """Run everything on this machine until ^C."""
     # Imported here: it brings the clients of the servers, which no other command needs.

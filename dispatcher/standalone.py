@@ -10,7 +10,6 @@ the next start follow it to its end.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import os
@@ -31,11 +30,11 @@ import psycopg
 
 from dispatcher import schema
 from dispatcher.config import load_config
-from dispatcher.errors import ConfigurationError, DispatcherError, InvalidInput, Unreachable
+from dispatcher.errors import ConfigurationError, DispatcherError, Unreachable
 from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey, leashed
 from dispatcher.settings import standalone_file
 
-__all__ = ["Standalone", "main", "run"]
+__all__ = ["Standalone", "run"]
 
 DATABASE: Final = "dispatcher"
 CELERY: Final = (sys.executable, "-m", "celery", "-A", "workers.app")
@@ -344,20 +343,15 @@ class Standalone:
         )
 
     def _run_preparation(self, env: Mapping[str, str]) -> None:
-        try:
-            done = subprocess.run(
-                leashed(self.prepare, at_death=signal.SIGTERM),
-                stdin=subprocess.DEVNULL,
-                env=env,
-                check=False,
-            )
-        except OSError as error:
-            raise ConfigurationError(
-                f"{shlex.join(self.prepare)} cannot be run: {error}"
-            ) from error
+        done = subprocess.run(
+            leashed(self.prepare, at_death=signal.SIGTERM),
+            stdin=subprocess.DEVNULL,
+            env=env,
+            check=False,
+        )
         if done.returncode != 0:
             raise ConfigurationError(
-                f"{shlex.join(self.prepare)} ended with {done.returncode}: nothing was started"
+                f"{shlex.join(self.prepare)} ended with {done.returncode}: nothing runs"
             )
 
     def _keep(self, kept: Startable) -> None:
@@ -518,7 +512,7 @@ def run(
     workers: int = 1,
     ports: Ports | None = None,
     databases: Sequence[str] = (),
-    prepare: Sequence[str] = (),
+    prepare: str = "",
 ) -> int:
     """Run an installation until SIGINT or SIGTERM; call it from the main thread.
 
@@ -529,7 +523,7 @@ def run(
         workers: how many worker processes to start.
         ports: which loopback ports to use; another is taken, and said, where one is not free.
         databases: further databases to create.
-        prepare: a command to run before the workers start.
+        prepare: a command line to run before the workers start, quoted as for a shell.
 
     Returns:
         0: it was asked to stop, and everything is stopped.
@@ -545,7 +539,7 @@ def run(
         workers=workers,
         ports=ports or Ports(),
         databases=databases,
-        prepare=prepare,
+        prepare=_words(prepare),
     )
     with _stop_signals() as asked:
         try:
@@ -560,6 +554,13 @@ def run(
         else:
             installation.say("stopped")
     return 0
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ConfigurationError(f"--prepare {command}: it cannot be read: {error}") from error
 
 
 class _Interrupted(BaseException):
@@ -614,35 +615,3 @@ def _shown(path: Path) -> str:
     with suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `python -m dispatcher.standalone`; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dispatcher.standalone", description=__doc__)
-    parser.add_argument("--dir", type=Path, default=None, help="default: .dispatcher")
-    parser.add_argument("--jobs", help="the jobs file, or a Python module")
-    parser.add_argument("--no-flower", action="store_true")
-    parser.add_argument("--workers", type=int, default=1, metavar="N")
-    parser.add_argument("--flower-port", type=int, default=FLOWER_PORT, metavar="PORT")
-    parser.add_argument("--postgres-port", type=int, metavar="PORT", help="default: a unix socket")
-    parser.add_argument("--valkey-port", type=int, metavar="PORT", help="default: a unix socket")
-    parser.add_argument("--database", action="append", default=[], help="create this one too")
-    parser.add_argument("--prepare", default="", help="a command to run before the workers start")
-    told = parser.parse_args(arguments)
-    try:
-        return run(
-            told.dir,
-            jobs=told.jobs,
-            flower=not told.no_flower,
-            workers=told.workers,
-            ports=Ports(told.postgres_port, told.valkey_port, told.flower_port),
-            databases=told.database,
-            prepare=shlex.split(told.prepare),
-        )
-    except DispatcherError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2 if isinstance(error, InvalidInput) else 4 if isinstance(error, Unreachable) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

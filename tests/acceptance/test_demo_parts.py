@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -276,7 +277,7 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def start(home: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "dispatcher.standalone", "--dir", ".dispatcher"),
+            *(sys.executable, "-m", "dispatcher", "standalone", "--dir", ".dispatcher"),
             *("--jobs", "jobs.yaml", *options),
         ],
         cwd=home,
@@ -403,11 +404,29 @@ def test_a_wrong_jobs_file_is_refused_before_anything_is_started(home: Path) -> 
     assert not (home / ".dispatcher").exists()
 
 
-def test_a_preparation_that_fails_stops_the_start(home: Path) -> None:
-    process = start(home, "--no-flower", "--prepare", "false")
+def make_up() -> list[str]:
+    """The command of `make up`, word by word."""
+    recipe = re.search(r"^up:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    return shlex.split(recipe[1].replace("\\\n", " "))
+
+
+def test_make_up_starts_servers_and_a_preparation_that_fails_stops_the_start(home: Path) -> None:
+    """All of its command, with jobs and a preparation that take no time."""
+    program, command, *options = make_up()
+    assert (program, command) == ("$(BIN)/dispatcher", "standalone")
+    python, switch, module = shlex.split(options[options.index("--prepare") + 1])
+    assert (python, switch) == ("python3", "-m")
+    assert importlib.util.find_spec(module)
+    given = options[options.index("--jobs") + 1]
+    assert (ROOT / given).is_file()
+    options[options.index("--jobs") + 1] = "jobs.yaml"
+    options[options.index("--prepare") + 1] = "sh -c 'echo $SHOP_DATABASE_URL; exit 3'"
+    process = start(home, *options)
     output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output) == (2, "")
-    assert errors == "false ended with 1: nothing was started\n"
+    assert process.returncode == 2
+    assert re.fullmatch(r"postgresql\+psycopg://dispatcher@/shop\?\S+\n", output)
+    assert errors == "error: sh -c 'echo $SHOP_DATABASE_URL; exit 3' ended with 3: nothing runs\n"
     assert children_of(home) == {}
 
 

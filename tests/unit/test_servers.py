@@ -220,6 +220,13 @@ def test_a_child_whose_parent_died_before_it_could_ask_is_not_started() -> None:
     assert "echo was not started: the process 1 that wanted it has died" in done.stderr
 
 
+def test_a_program_that_cannot_be_run_is_told_in_a_line_and_with_the_code_of_a_shell() -> None:
+    command = servers.leashed(["no-such-program", "x"], at_death=signal.SIGTERM)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 127
+    assert done.stderr == "no-such-program cannot be run: No such file or directory\n"
+
+
 @only_root
 def test_postgres_uses_a_directory_to_which_its_account_is_not_let_through(
     directory: Path,
