@@ -164,7 +164,7 @@ def cloud_run(
     """Serve Cloud Run Jobs on this machine until ^C.
 
     The real client library works against it, over gRPC and REST; tasks are local processes, or
-    containers of a local engine. Nothing is kept when it ends. Needs the extra `cloud_run`.
+    containers of a local engine. Nothing is kept when it ends. Needs the extra `cloud-run`.
 
     With --json: {grpc, rest, jobs} in one line, once it serves.
     """
@@ -238,7 +238,7 @@ def _check_extra() -> None:
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"the emulator of Cloud Run needs Google's client library ({error.name} is missing): "
-            "pip install 'dispatcher[cloud_run]'"
+            "in a checkout of dispatcher, pip install '.[cloud-run]'"
         ) from error
 
 

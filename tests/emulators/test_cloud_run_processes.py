@@ -275,7 +275,7 @@ def test_without_the_extra_the_command_says_how_to_get_it(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "google.cloud.run_v2", None)
     result = CliRunner().invoke(app, ["emulate", "cloud-run", "--pretend", "1"])
     assert result.exit_code == 2
-    assert "pip install 'dispatcher[cloud_run]'" in result.stderr
+    assert "in a checkout of dispatcher, pip install '.[cloud-run]'" in result.stderr
 
 
 def test_the_command_line_imports_nothing_of_google() -> None:

@@ -655,12 +655,12 @@ def test_a_backend_is_made_from_its_target() -> None:
 def test_a_backend_whose_package_is_missing_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "ecs", "no_such_cloud:Ecs")
+    monkeypatch.setitem(registry.BACKENDS, "ecs_two", "no_such_cloud:Ecs")
     with pytest.raises(ConfigurationError) as caught:
-        registry.backend_class("ecs")
+        registry.backend_class("ecs_two")
     assert str(caught.value) == (
-        "the backend \"ecs\" cannot be imported (No module named 'no_such_cloud'); "
-        "to install what it needs: pip install 'dispatcher[ecs]'"
+        "the backend \"ecs_two\" cannot be imported (No module named 'no_such_cloud'); "
+        "to install what it needs: in a checkout of dispatcher, pip install '.[ecs-two]'"
     )
 
 

