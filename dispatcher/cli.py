@@ -293,7 +293,8 @@ def enqueue(
 
     With --json: the batch, as `batches` shows it; with --wait as it ended. With --dry-run:
     {job, target, params, items, chunks, items_per_chunk: {min, max}, weight_per_chunk: {min, max},
-    largest_chunk_bytes, executions, tasks_per_execution: {min, max}, parallelism, launch_calls,
+    largest_chunk_bytes, executions, exact (false: at least so many, as limits let not all run at
+    once), tasks_per_execution: {min, max}, parallelism, tasks_at_once, launch_calls,
     launch_calls_seconds, limits: {max_running, max_executions, launches_per_minute, running,
     per_batch}}.
     """

@@ -25,6 +25,7 @@ from dispatcher.backends.registry import make_backend
 from dispatcher.cli import Scope
 from dispatcher.client import Batch, Dispatcher
 from dispatcher.config import Config, Settings, load_config, load_settings
+from dispatcher.enqueueing import BatchRequest
 from dispatcher.errors import (
     ConfigurationError,
     InvalidInput,
@@ -40,7 +41,7 @@ from dispatcher.planning import pack, plan_chunks
 from dispatcher.problems import shown
 from dispatcher.queries import Attempt, BatchView, Chunk
 from dispatcher.rendering import Screen, utc_now
-from dispatcher.requests import Plan
+from dispatcher.requests import Plan, check_chunk
 from dispatcher.states import BatchState, ChunkState
 from dispatcher.storage import read_items
 from dispatcher.store import Store
@@ -140,8 +141,12 @@ def enqueue(
         "tasks": tasks,
     }
     if dry_run:
-        changed = _changed(_config(scope), job, chunk_size, overrides)
-        return _dry_run(scope, *changed, _pairs(param, "--param"), items, item)
+        config, found = _changed(_config(scope), job, chunk_size, overrides)
+        params = found.check_params(_params(_pairs(param, "--param"), found))
+        labels = _pairs(label, "--label")
+        # What enqueueing would refuse before it looks at the items is refused here too.
+        with BatchRequest(found, [], params=params, key=key, labels=labels, actor="dry-run"):
+            return _dry_run(scope, config, found, params, items, item)
     with _opened(scope) as (dispatcher, screen):
         params = _params(_pairs(param, "--param"), dispatcher.config.job(job))
         batch = dispatcher.enqueue(
@@ -246,7 +251,7 @@ def _changed(
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """What was seen of the chunks of a plan."""
+    """What was seen of the chunks of a plan; each could be filled into the job's templates."""
 
     items: int = 0
     chunks: int = 0
@@ -257,22 +262,60 @@ class _Sizes:
     heaviest: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Packs:
+    """In what executions the chunks of a plan would be launched."""
+
+    sizes: list[int]
+    """The tasks of each, as few executions as possible."""
+
+    exact: bool
+    """False: not all can run at once, and what waits is launched in the slots that come free."""
+
+    at_once: int | None
+    """Tasks at once, as limits let them; None without a limit."""
+
+    limit: str | None
+    """The name of the limit that says so."""
+
+
+def _packs(chunks: int, largest: int, plan: Plan, limits: Mapping[str, int | None]) -> _Packs:
+    """Cut chunks into executions as the launcher does while nothing else runs."""
+    most = plan.pack_tasks(largest)
+    slots = {name: value for name, value in limits.items() if value is not None}
+    limit = min(slots, key=lambda name: slots[name], default=None)
+    if limit is None:
+        return _Packs(pack(chunks, most), exact=True, at_once=None, limit=None)
+    # An execution takes as many slots as it runs tasks at once, and is launched when it has them.
+    each = min(most, plan.parallelism)
+    full, rest = divmod(slots[limit], each)
+    exact = most == 1 or chunks <= full * most + rest
+    sizes = pack(chunks, most if full else rest)
+    return _Packs(sizes, exact=exact, at_once=slots[limit], limit=limit)
+
+
 def _dry_run(
     scope: Scope,
     config: Config,
     job: Job,
-    given: Mapping[str, str],
+    params: Mapping[str, Any],
     items: str | None,
     item: Sequence[str],
 ) -> int:
     """Plan as a worker would, and write nothing."""
-    params = job.check_params(_params(given, job))
     target = config.targets[job.target]
     backend = make_backend(target)
     with _stream(job, params, items, item) as stream:
-        seen = _sizes(stream, job, backend)
+        seen = _sizes(stream, job, params, backend)
     plan = Plan.read("dry-run", job, params, job.labels, backend)
-    packs = pack(seen.chunks, plan.max_tasks)
+    slots = {
+        "max_running": target.max_running,
+        "running": job.limits.running,
+        "per_batch": job.limits.per_batch,
+    }
+    found = _packs(seen.chunks, seen.bytes, plan, slots)
+    packs = found.sizes
+    fewest = min(packs, default=0) if found.exact else 1
     calls_take = (
         None
         if target.launches_per_minute is None
@@ -298,8 +341,10 @@ def _dry_run(
                 "weight_per_chunk": {"min": seen.lightest, "max": seen.heaviest},
                 "largest_chunk_bytes": seen.bytes,
                 "executions": len(packs),
-                "tasks_per_execution": {"min": min(packs, default=0), "max": max(packs, default=0)},
+                "exact": found.exact,
+                "tasks_per_execution": {"min": fewest, "max": max(packs, default=0)},
                 "parallelism": plan.parallelism,
+                "tasks_at_once": found.at_once,
                 "launch_calls": len(packs),
                 "launch_calls_seconds": calls_take,
                 "limits": limits,
@@ -312,13 +357,20 @@ def _dry_run(
     screen.line(f"job          {job.name} on target {job.target}")
     screen.line(f"items        {seen.items:,}")
     screen.line(f"chunks       {seen.chunks:,}, of {per_chunk}, {seen.bytes:,} bytes at most")
-    tasks = _range(min(packs, default=0), max(packs, default=0), "task")
-    screen.line(f"executions   {len(packs):,}, of {tasks}, {plan.parallelism:,} at once")
-    rate = "" if calls_take is None else f", over {calls_take:,.0f} s at the target's rate"
-    screen.line(f"launch calls {len(packs):,}{rate}")
+    tasks = _range(fewest, max(packs, default=0), "task")
+    together = min(plan.parallelism, max(packs, default=0))
+    more = "" if found.exact else " or more"
+    screen.line(f"executions   {len(packs):,}{more}, of {tasks}, {together:,} at once")
+    rate = "" if calls_take is None else f", over {calls_take:,.0f} s{more} at the target's rate"
+    screen.line(f"launch calls {len(packs):,}{more}{rate}")
     named = ", ".join(f"{name} {value:g}" for name, value in limits.items() if value is not None)
     screen.line(f"limits       {named or 'none'}")
-    screen.note("nothing was written; retries add launch calls, and limits may make packs smaller")
+    if not found.exact:
+        screen.note(
+            f"{found.limit} lets {found.at_once:,} tasks run at once: what waits is launched as "
+            "tasks end, in as many executions as that takes"
+        )
+    screen.note("nothing was written; retries add launch calls, and other batches share the limits")
     return 0
 
 
@@ -345,11 +397,24 @@ def _stream(
     return run_source(job.items.source, params, timeout=job.items.timeout.total_seconds())
 
 
-def _sizes(stream: Iterable[str], job: Job, backend: Backend) -> _Sizes:
+def _sizes(stream: Iterable[str], job: Job, params: Mapping[str, Any], backend: Backend) -> _Sizes:
+    """Cut items into chunks and fill the job's templates with each, as planning does.
+
+    Raises:
+        InvalidInput: an item cannot be used, or does not fit a template; in planning's words.
+    """
     items = chunks = least = most = size = 0
     weights: list[float] = []
     largest = backend.limits.max_payload_bytes
     for chunk in plan_chunks(stream, job.chunk, max_payload_bytes=largest):
+        check_chunk(
+            job,
+            "dry-run",
+            params,
+            chunk.index,
+            chunk.items,
+            max_text_bytes=backend.limits.max_text_bytes,
+        )
         items += chunk.count
         least = min(least, chunk.count) if chunks else chunk.count
         chunks += 1

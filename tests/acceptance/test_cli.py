@@ -394,6 +394,50 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(desk: Desk) -> None:
     assert desk.sql("SELECT count(*) FROM dispatcher.batch") == [(0,)]
 
 
+def test_a_dry_run_says_where_limits_let_only_some_run_at_once(desk: Desk) -> None:
+    words = ("enqueue", "measured", "--dry-run", "--chunk-size", "1", "--items", "ids.jsonl")
+    (desk.folder / "ids.jsonl").write_text("".join(f'{{"bytes": {n}}}\n' for n in range(12)))
+    ran = desk.ok(*words)
+    # Two executions of two have four of the five slots, and the next one begins with the fifth.
+    assert "executions   6 or more, of 1 to 2 tasks, 2 at once\nlaunch calls 6 or more\n" in ran.out
+    assert "running lets 5 tasks run at once: what waits is launched as tasks end" in ran.err
+    plan = desk.ok(*words, "--json").json
+    assert (plan["executions"], plan["exact"], plan["tasks_at_once"]) == (6, False, 5)
+    # One task in each is as many as there are chunks, whatever runs at once.
+    desk.jobs.write_text(desk.jobs.read_text().replace("max_tasks: 2", "max_tasks: 1"))
+    plan = desk.ok(*words, "--json").json
+    assert (plan["executions"], plan["exact"]) == (12, True)
+    desk.jobs.write_text(desk.jobs.read_text().replace("max_tasks: 1", "max_tasks: 2"))
+    # Fewer slots than an execution would have tasks: none is larger.
+    desk.jobs.write_text(desk.jobs.read_text().replace("running: 5", "running: 1"))
+    plan = desk.ok(*words, "--json").json
+    assert (plan["executions"], plan["tasks_per_execution"]) == (12, {"min": 1, "max": 1})
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ('{"id": 1}', "{items:csv} takes text, numbers, true and false; item 0 of the chunk is"),
+        ("a" * 200_000, "chunk 0 makes the job's env.IDS 200000 bytes long; target here"),
+    ],
+)
+def test_a_dry_run_refuses_what_planning_would(desk: Desk, item: str, said: str) -> None:
+    text = JOBS.replace("  missing:\n", '  missing:\n    env: {IDS: "{items:csv}"}\n')
+    desk.jobs.write_text(text.replace("SPOOL", str(desk.folder / "spool")))
+    dry = desk.refused("enqueue", "missing", "--dry-run", "--item", item)
+    assert said in dry
+    batch_id = desk.enqueue("missing", "--item", item)
+    desk.finish(batch_id)
+    reason = desk.ok("show", batch_id, "--json").json["reason"]
+    assert f"error: {reason}" == dry
+
+
+def test_a_dry_run_refuses_what_enqueueing_would(desk: Desk) -> None:
+    for words in (("--key", "k" * 201), ("--label", f"team={'x' * 64}")):
+        asked = ("enqueue", "work", "--item", "a", *words)
+        assert desk.refused(*asked, "--dry-run") == desk.refused(*asked)
+
+
 def test_a_dry_run_reads_files_sources_and_standard_input(desk: Desk) -> None:
     (desk.folder / "items.txt").write_text("a\nb\nc\n")
     (desk.folder / "listing.py").write_text("def numbers():\n    yield from range(7)\n")
