@@ -23,7 +23,7 @@ from dispatcher.errors import (
     UnknownBatch,
     WaitTimeout,
 )
-from dispatcher.job import Chunking, Job
+from dispatcher.job import PRIORITIES, Chunking, Job
 from dispatcher.queries import BatchView, Chunk, Event
 from dispatcher.results import Item, Output
 from dispatcher.states import BatchState, CancelKind, ChunkState
@@ -200,6 +200,11 @@ class Dispatcher:
         found = self.config.job(job) if isinstance(job, str) else job
         changes: dict[str, Any] = {}
         if priority is not None:
+            least, most = PRIORITIES
+            if isinstance(priority, bool) or not isinstance(priority, int):
+                raise InvalidInput(f"priority is {priority!r}; it must be an integer")
+            if not least <= priority <= most:
+                raise InvalidInput(f"priority is {priority}; it must be from {least} to {most}")
             changes["priority"] = priority
         if chunk_size is not None:
             if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:

@@ -223,6 +223,10 @@ def test_an_unknown_job_is_refused_by_name(bench: Bench) -> None:
         ({"key": 5}, "key is '5'; it must be a text of 1 to 200 characters"),
         ({"chunk_size": 0}, "chunk_size is 0; it must be a number from 1 up"),
         ({"chunk_size": True}, "chunk_size is True; it must be a number from 1 up"),
+        ({"priority": 1000}, "priority is 1000; it must be from -100 to 100"),
+        ({"priority": -101}, "priority is -101; it must be from -100 to 100"),
+        ({"priority": True}, "priority is True; it must be an integer"),
+        ({"priority": "high"}, "priority is 'high'; it must be an integer"),
         (
             {"labels": {"a": "x" * 64}},
             f"label 'a' is '{'x' * 64}'; names and values must be texts of at most 63 characters",
