@@ -209,6 +209,9 @@ class Standalone:
     prepare: Sequence[str] = ()
     """A command to run to its end before the workers start, told what they are told."""
 
+    suggest: bool = True
+    """Whether to name a command to try, as for somebody who sits at a terminal."""
+
     say: Callable[[str], None] = _print
 
     def __post_init__(self) -> None:
@@ -247,12 +250,17 @@ class Standalone:
         self._introduce(example)
 
     def _example_job(self) -> str | None:
-        """Refuse a wrong jobs file before anything runs; name a job that one can try."""
+        """Refuse a wrong jobs file before anything runs; name a job to try, and an item for it."""
         if self.jobs is None:
-            return None
+            raise ConfigurationError(
+                "no jobs are configured: give --jobs or set DISPATCHER_JOBS, to a YAML file or a "
+                "Python module"
+            )
         jobs = load_config(self.jobs).jobs
-        ready = [job.name for job in jobs.values() if job.items is not None]
-        return next(iter(ready or jobs), None)
+        for job in jobs.values():
+            if job.items is not None:
+                return job.name
+        return next((f"{name} --item 1" for name in jobs), None)
 
     def _take_directory(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -456,10 +464,10 @@ class Standalone:
             f"  database  {self.database_url}",
             f"  broker    {self.broker_url}",
             f"  flower    {self.flower_url or 'not started'}",
-            f"  jobs      {self.jobs or 'none: start it with --jobs FILE'}",
+            f"  jobs      {self.jobs}",
             f"  logs      {_shown(self.logs)}: {logs}",
         ]
-        if example is not None:
+        if example is not None and self.suggest:
             program = _shown(Path(sys.executable).parent / "dispatcher")
             command = f"{program} enqueue {example} --wait"
             if self.told_in != standalone_file().absolute():
@@ -518,7 +526,7 @@ def run(
 
     Args:
         directory: where it keeps everything; `.dispatcher`, where other commands look, if None.
-        jobs: the jobs file or module; None for a database and workers with nothing to run.
+        jobs: the jobs file or module, which must be there.
         flower: whether to start Flower.
         workers: how many worker processes to start.
         ports: which loopback ports to use; another is taken, and said, where one is not free.
@@ -529,7 +537,7 @@ def run(
         0: it was asked to stop, and everything is stopped.
 
     Raises:
-        ConfigurationError: the directory is in use, or something it was told is wrong.
+        ConfigurationError: the directory is in use, or something it was told is wrong or missing.
         Unreachable: something did not start.
     """
     installation = Standalone(
@@ -540,6 +548,8 @@ def run(
         ports=ports or Ports(),
         databases=databases,
         prepare=_words(prepare),
+        # Where nobody types, as in the demo, another program has started it and stops it.
+        suggest=sys.stdin.isatty(),
     )
     with _stop_signals() as asked:
         try:

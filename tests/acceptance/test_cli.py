@@ -973,6 +973,15 @@ def test_a_standalone_without_its_jobs_file_is_refused(desk: Desk) -> None:
     assert not (desk.folder / "place").exists()
 
 
+def test_a_standalone_without_jobs_is_refused_in_a_line(desk: Desk) -> None:
+    desk.settings["DISPATCHER_JOBS"] = None
+    assert desk.refused("standalone", "--dir", "place") == (
+        "error: no jobs are configured: give --jobs or set DISPATCHER_JOBS, to a YAML file or a "
+        "Python module"
+    )
+    assert not (desk.folder / "place").exists()
+
+
 # --- the tables -----------------------------------------------------------------------------------
 
 

@@ -147,6 +147,35 @@ def test_a_taken_port_is_replaced_and_said(tmp_path: Path, said: list[str]) -> N
     assert said == [f"port {taken} for Flower is taken: using {chosen.flower} instead"]
 
 
+PLAIN = "plain: {target: here, command: [echo]}"
+LISTED = "listed: {target: here, command: [echo], items: {source: 'os:listdir'}}"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "command"),
+    [
+        (PLAIN, "enqueue plain --item 1 --wait"),
+        (f"{PLAIN}, {LISTED}", "enqueue listed --wait"),
+    ],
+)
+def test_what_is_suggested_can_be_enqueued(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, jobs: str, command: str
+) -> None:
+    monkeypatch.setattr(Standalone, "database_url", "postgresql+psycopg://here/db")
+    monkeypatch.setattr(Standalone, "broker_url", "redis://here/0")
+    path = tmp_path / "jobs.yaml"
+    path.write_text(f"targets: {{here: {{backend: local}}}}\njobs: {{{jobs}}}\n")
+    shown = Standalone(tmp_path, jobs=str(path), say=said.append)
+    shown._introduce(shown._example_job())
+    assert said[-2] == "try this in another terminal:"
+    assert said[-1].endswith(command)
+    said.clear()
+    # Not where another program started it, as the demo does.
+    quiet = Standalone(tmp_path, jobs=str(path), say=said.append, suggest=False)
+    quiet._introduce(quiet._example_job())
+    assert "another terminal" not in "\n".join(said)
+
+
 def test_no_workers_at_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="workers is 0; it must be at least 1"):
         Standalone(tmp_path, workers=0).start()
