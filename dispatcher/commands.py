@@ -33,7 +33,7 @@ from dispatcher.errors import (
     SchemaMismatch,
 )
 from dispatcher.item_source import run_source
-from dispatcher.items import ItemStream, is_uri, open_items, stream_items
+from dispatcher.items import ItemStream, format_of, is_uri, open_items, stream_items
 from dispatcher.job import Chunking, Job
 from dispatcher.moments import read_moment
 from dispatcher.overriding import overridden
@@ -148,7 +148,11 @@ def enqueue(
         with BatchRequest(found, [], params=params, key=key, labels=labels, actor="dry-run"):
             return _dry_run(scope, config, found, params, items, item)
     with _opened(scope) as (dispatcher, screen):
-        params = _params(_pairs(param, "--param"), dispatcher.config.job(job))
+        found = dispatcher.config.job(job)
+        params = _params(_pairs(param, "--param"), found)
+        labels = _pairs(label, "--label")
+        if found.items is None and items is None and not item:
+            raise _no_items(found)
         batch = dispatcher.enqueue(
             job,
             _given_items(items, item),
@@ -156,20 +160,57 @@ def enqueue(
             key=key,
             priority=priority,
             chunk_size=chunk_size,
-            labels=_pairs(label, "--label"),
+            labels=labels,
             overrides=overrides,
         )
+        there_already = _there_already(batch, labels, priority) if batch.existed else None
         if wait:
             if not screen.as_json:
                 screen.line(batch.id)
-                sys.stdout.flush()
+            if there_already:
+                _note(screen, there_already)
+            sys.stdout.flush()
             return _wait(dispatcher, screen, batch.id)
         if screen.as_json:
             screen.document(rendering.batch_document(batch))
         else:
             screen.line(batch.id)
-            screen.note(f"enqueued {job}; `dispatcher watch {batch.id}` follows it")
+            follow = f"`dispatcher watch {batch.id}` follows it"
+            _note(screen, f"{there_already or f'enqueued {job}'}; {follow}")
     return 0
+
+
+def _there_already(batch: Batch, labels: Mapping[str, str], priority: int | None) -> str:
+    """Say that a key had its batch already, and what of this call is therefore not so."""
+    kept = []
+    if any(batch.labels.get(name) != value for name, value in labels.items()):
+        kept.append("its labels")
+    if priority is not None and priority != batch.priority:
+        kept.append(f"its priority {batch.priority}")
+    stay = f", and keeps {' and '.join(kept)}" if kept else ""
+    return f"batch {batch.id} of this key was there already, {batch.state}{stay}"
+
+
+def _note(screen: Screen, text: str) -> None:
+    """Write a line to stderr after all that was written to stdout, also where both go to a file."""
+    sys.stdout.flush()
+    screen.note(text)
+
+
+def _no_items(job: Job) -> InvalidItems:
+    return InvalidItems(
+        f'job "{job.name}" has no item source: give --item or --items, or set items.source in '
+        "the job"
+    )
+
+
+def _file_of(items: str) -> Path:
+    """Take --items as the path of a file whose name says what it holds."""
+    try:
+        format_of(items)
+    except InvalidItems as error:
+        raise InvalidItems(f"--items {error}. An item itself is given with --item") from None
+    return Path(items)
 
 
 def _given_items(items: str | None, item: Sequence[str]) -> Any:
@@ -177,7 +218,7 @@ def _given_items(items: str | None, item: Sequence[str]) -> Any:
     if items == "-":
         return _standard_input()
     if items is not None:
-        return items
+        return items if is_uri(items) else _file_of(items)
     return [read_value(text) for text in item] or None
 
 
@@ -366,11 +407,14 @@ def _dry_run(
     named = ", ".join(f"{name} {value:g}" for name, value in limits.items() if value is not None)
     screen.line(f"limits       {named or 'none'}")
     if not found.exact:
-        screen.note(
+        _note(
+            screen,
             f"{found.limit} lets {found.at_once:,} tasks run at once: what waits is launched as "
-            "tasks end, in as many executions as that takes"
+            "tasks end, in as many executions as that takes",
         )
-    screen.note("nothing was written; retries add launch calls, and other batches share the limits")
+    _note(
+        screen, "nothing was written; retries add launch calls, and other batches share the limits"
+    )
     return 0
 
 
@@ -387,13 +431,11 @@ def _stream(
     if items == "-":
         return _standard_input()
     if items is not None:
-        return read_items(items) if is_uri(items) else open_items(items)
+        return read_items(items) if is_uri(items) else open_items(_file_of(items))
     if item:
         return open_items([read_value(text) for text in item])
     if job.items is None:
-        raise InvalidItems(
-            f'job "{job.name}" has no item source: give items, or set items.source in the job'
-        )
+        raise _no_items(job)
     return run_source(job.items.source, params, timeout=job.items.timeout.total_seconds())
 
 
@@ -439,9 +481,10 @@ def _wait(dispatcher: Dispatcher, screen: Screen, batch_id: str, *, every: bool 
     try:
         batch = _followed(dispatcher, screen, batch_id, every=every)
     except KeyboardInterrupt:
-        screen.note(
+        _note(
+            screen,
             f"batch {batch_id} goes on; `dispatcher watch {batch_id}` follows it, "
-            f"`dispatcher cancel {batch_id}` ends it"
+            f"`dispatcher cancel {batch_id}` ends it",
         )
         return INTERRUPTED
     if screen.as_json:
@@ -449,9 +492,10 @@ def _wait(dispatcher: Dispatcher, screen: Screen, batch_id: str, *, every: bool 
     else:
         screen.line(rendering.summary(batch, utc_now()))
     if batch.state is BatchState.FAILED:
-        screen.note(
+        _note(
+            screen,
             f"`dispatcher show --failed {batch_id}` shows what failed, "
-            f"`dispatcher retry --failed {batch_id}` runs it again"
+            f"`dispatcher retry --failed {batch_id}` runs it again",
         )
     return rendering.exit_code_of(batch.state)
 
@@ -502,7 +546,7 @@ def batches(
             titles = ("BATCH", "JOB", "STATE", "PROGRESS", "ENQUEUED", "BY", "REASON")
             screen.table(titles, [rendering.batch_row(batch, now) for batch in found])
         else:
-            screen.note("no batches")
+            _note(screen, "no batches")
     return 0
 
 
@@ -537,11 +581,13 @@ def show(scope: Scope, batch: str, *, items: bool, failed: bool, everything: boo
             screen.table(rendering.ATTEMPT_TITLES, rows)
         total = len(troubled) if failed else view.chunk_count or 0
         if len(listed) < total:
-            screen.note(
-                f"{len(listed)} of {total:,} chunks are shown, troubled ones first; --all shows all"
+            _note(
+                screen,
+                f"{len(listed)} of {total:,} chunks are shown, troubled ones first; --all shows "
+                "all",
             )
         elif failed and not listed:
-            screen.note("no chunk has failed")
+            _note(screen, "no chunk has failed")
         if items:
             _show_items(screen, dispatcher, view, failed=failed, everything=everything)
         _show_logs(screen, view, [chunk for chunk in listed if chunk.index in troubled])
@@ -583,9 +629,9 @@ def _show_items(
     if rows:
         screen.table(rendering.ITEM_TITLES, rows)
     elif failed:
-        screen.note("no item has failed")
+        _note(screen, "no item has failed")
     if next(found, None) is not None:
-        screen.note(f"{len(rows)} items are shown; --all shows all")
+        _note(screen, f"{len(rows)} items are shown; --all shows all")
 
 
 def _show_logs(screen: Screen, view: BatchView, chunks: Sequence[Chunk]) -> None:
@@ -601,7 +647,7 @@ def _show_logs(screen: Screen, view: BatchView, chunks: Sequence[Chunk]) -> None
         for line in (last.log_tail or "").split("\n")[-LINES_SHOWN:]:
             screen.line(f"  | {line}")
     if told:
-        screen.note(f"`dispatcher logs {view.id}/CHUNK` shows more")
+        _note(screen, f"`dispatcher logs {view.id}/CHUNK` shows more")
 
 
 def _split(ref: str) -> tuple[str, int | None]:
@@ -646,9 +692,9 @@ def logs_of(scope: Scope, ref: str, *, attempt: int | None, tail: int) -> int:
         sys.stdout.flush()
         if output.problem is not None:
             kept = "; above is what was kept when it failed" if output.lines else ""
-            screen.note(f"{output.problem}{kept}")
+            _note(screen, f"{output.problem}{kept}")
         elif not output.lines:
-            screen.note(f"attempt {tried.number} of chunk {view.id}/{index} has written nothing")
+            _note(screen, f"attempt {tried.number} of chunk {view.id}/{index} has written nothing")
         return 0 if output.lines else output.code
 
 
@@ -751,7 +797,7 @@ def jobs(scope: Scope) -> int:
     elif config.jobs:
         screen.table(rendering.JOB_TITLES, [rendering.job_row(j) for j in config.jobs.values()])
     else:
-        screen.note(f"no jobs in {config.source}")
+        _note(screen, f"no jobs in {config.source}")
     return 0
 
 
@@ -768,7 +814,7 @@ def retry(scope: Scope, batch: str, *, failed: bool) -> int:
         due = reopened.counts.get(ChunkState.PENDING, 0)
         what = f"{due:,} chunk{'' if due == 1 else 's'} due again" if due else "to be planned again"
         screen.line(f"{reopened.id} {reopened.state}: {what}")
-        screen.note(f"`dispatcher watch {reopened.id}` follows it")
+        _note(screen, f"`dispatcher watch {reopened.id}` follows it")
     return 0
 
 
@@ -780,7 +826,7 @@ def cancel(scope: Scope, batch: str, *, wait: bool, reason: str) -> int:
             try:
                 view = _followed(dispatcher, screen, view.id, every=False)
             except KeyboardInterrupt:
-                screen.note(f"the cancel of batch {view.id} stands and goes on")
+                _note(screen, f"the cancel of batch {view.id} stands and goes on")
                 return INTERRUPTED
         if screen.as_json:
             screen.document(rendering.batch_document(view))
@@ -793,7 +839,7 @@ def cancel(scope: Scope, batch: str, *, wait: bool, reason: str) -> int:
                 "are being stopped"
             )
         if view.finished and view.state is not BatchState.CANCELLED:
-            screen.note(f"batch {view.id} had {view.state} before it could be cancelled")
+            _note(screen, f"batch {view.id} had {view.state} before it could be cancelled")
             return FAILED
     return 0
 
@@ -829,7 +875,7 @@ def apply(scope: Scope, names: Sequence[str], *, yes: bool, check_only: bool) ->
         for line in rendering.definition_lines(found):
             screen.line(line)
         if not found:
-            screen.note(f"no job in {config.source} has a definition")
+            _note(screen, f"no job in {config.source} has a definition")
     written = {}
     if changed and not check_only:
         if not yes:
@@ -877,7 +923,7 @@ def db_check(scope: Scope) -> int:
     elif problem is None:
         screen.line(f"the database is at revision {found}, which fits this code")
     else:
-        screen.note(f"error: {problem}")
+        _note(screen, f"error: {problem}")
     return 0 if problem is None else FAILED
 
 
