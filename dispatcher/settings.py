@@ -6,6 +6,7 @@ jobs there are is `config.py`'s.
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import json
 import logging
@@ -204,8 +205,40 @@ def _standalone_defaults() -> tuple[Path, dict[str, Any]]:
             f"{path} names no database_url; start `dispatcher standalone` again, "
             "or set DISPATCHER_DATABASE_URL"
         )
-    names = ("database_url", "broker_url", "jobs")
+    _refuse_a_gone_one(path, told.get("pid"))
+    names = ("database_url", "broker_url", "storage_url", "jobs")
     return path, {name: told[name] for name in names if told.get(name) is not None}
+
+
+def _refuse_a_gone_one(path: Path, pid: object) -> None:
+    """Say that a standalone has died, if it was killed and so left its file."""
+    if not isinstance(pid, int) or pid <= 0:
+        return  # it does not say; whether it lives, its database will tell
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return  # it lives, as another user's
+    except ProcessLookupError:
+        if _is_locked(path.with_name("lock")):
+            return  # it lives, where processes are numbered anew, as in a container
+    else:
+        return
+    raise ConfigurationError(
+        f"the standalone that wrote {path} is gone (process {pid}); start `dispatcher standalone` "
+        "there again, or set DISPATCHER_DATABASE_URL"
+    )
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a standalone holds the lock of its directory."""
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or none that we may open: nothing speaks for a live one
+        return False
+    return False
 
 
 def _settings_line(problem: Problem, origins: Mapping[str, str]) -> str:

@@ -425,6 +425,11 @@ class Standalone:
             raise ConfigurationError("the standalone is not started: it has no broker yet")
         return self._valkey.url
 
+    @property
+    def storage_url(self) -> str | None:
+        """The storage of the workers, as the variable that they inherit says it."""
+        return os.environ.get("DISPATCHER_STORAGE_URL") or None
+
     def environment(self) -> dict[str, str]:
         """The variables of all that is started: ours, and the programs of this virtualenv first."""
         programs = str(Path(sys.executable).parent)
@@ -438,6 +443,8 @@ class Standalone:
         }
         if self.jobs is not None:
             told["DISPATCHER_JOBS"] = self.jobs
+        if self.storage_url is not None:
+            told["DISPATCHER_STORAGE_URL"] = self.storage_url
         for name in self.databases:
             told[f"{name.upper()}_DATABASE_URL"] = self._url_of(name)
         return told
@@ -447,6 +454,7 @@ class Standalone:
         told = {
             "database_url": self.database_url,
             "broker_url": self.broker_url,
+            "storage_url": self.storage_url,
             "jobs": self.jobs,
             "flower_url": self.flower_url,
             "databases": {name: self._url_of(name) for name in self.databases},
@@ -497,12 +505,31 @@ class Standalone:
         for program in self._programs:
             if not program.wait_or_kill(deadline):
                 self.say(f"{program.title} did not stop within {STOP_WITHIN:.0f} s and was killed")
+        if self._programs:
+            self._say_what_goes_on()
         for server in (self._valkey, self._postgres):
             if server is not None:
                 server.stop()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def _say_what_goes_on(self) -> None:
+        """Name the work that runs without us: it is nobody's to stop but its batch's."""
+        statement = "SELECT count(*) FROM dispatcher.chunk WHERE state = 'running'"
+        try:
+            with self._connection() as connection:
+                row = connection.execute(statement).fetchone()
+        except psycopg.OperationalError as error:
+            self.say(f"what still runs cannot be told: {str(error).partition(chr(10))[0]}")
+            return
+        count = 0 if row is None else row[0]
+        if count:
+            still = (
+                "1 chunk still runs and goes" if count == 1 else f"{count} chunks still run and go"
+            )
+            which = "it" if count == 1 else "them"
+            self.say(f"{still} on without the servers; the next start follows {which} to the end")
 
     def __enter__(self) -> Self:
         self.start()

@@ -294,8 +294,8 @@ def test_enqueue_prints_the_id_and_nothing_else(desk: Desk) -> None:
 def test_a_key_that_has_its_batch_already_is_said_and_what_is_not_taken_of_the_call(
     desk: Desk,
 ) -> None:
-    words = ("enqueue", "work", "--item", "a", "--key", "k", "--label", "team=blue")
-    batch_id = desk.ok(*words).out.strip()
+    words = ("enqueue", "work", "--item", "a", "--key", "k")
+    batch_id = desk.ok(*words, "--label", "team=blue").out.strip()
     again = desk.ok(*words)
     assert again.out == f"{batch_id}\n"
     told = f"batch {batch_id} of this key was there already, planning"

@@ -25,7 +25,7 @@ import pytest
 import yaml
 from psycopg import sql
 
-from dispatcher import Dispatcher, load_config
+from dispatcher import ChunkState, Dispatcher, load_config
 from dispatcher.standalone import Ports, Standalone
 from examples.export import demo, make_shop, shop, tables
 
@@ -268,7 +268,9 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             monkeypatch.delenv(name)
     path = Path(tempfile.mkdtemp(prefix="home-"))
     (path / "jobs.yaml").write_text(
-        "targets: {here: {backend: local}}\njobs: {hello: {target: here, command: [echo, hello]}}\n"
+        "targets: {here: {backend: local}}\njobs: {hello: {target: here, command: [echo, hello]},"
+        " wait: {target: here, env: {FILE: '{items:csv}'}, command: [sh, -c,"
+        " 'until [ -e \"$FILE\" ]; do sleep 0.1; done']}}\n"
     )
     yield path
     shutil.rmtree(path)
@@ -325,6 +327,14 @@ def run_hello(addresses: dict[str, Any]) -> str:
         return str(dispatcher.enqueue("hello", ["a", "b", "c"]).wait(timeout=40).state)
 
 
+def begin_waiting(addresses: dict[str, Any], until_there: Path) -> None:
+    """Have one task run until a file is there."""
+    options = {name: addresses[name] for name in ("database_url", "broker_url", "jobs")}
+    with Dispatcher(**options) as dispatcher:
+        batch = dispatcher.enqueue("wait", [str(until_there)])
+        until(lambda: batch.refresh().counts.get(ChunkState.RUNNING) == 1)
+
+
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="the test reads /proc")
 
 
@@ -351,23 +361,33 @@ def test_a_standalone_runs_work_restarts_what_dies_and_leaves_nothing(home: Path
             os.kill(old, signal.SIGKILL)
             until(lambda old=old, name=name: pid_of(home, name) not in (None, old))  # type: ignore[misc] # defaults bind now
         assert run_hello(addresses) == "succeeded"
+        begin_waiting(addresses, until_there=home / "go")
     finally:
         process.terminate()
         output, errors = process.communicate(timeout=30)
+        (home / "go").touch()
     assert (process.returncode, errors) == (0, "")
     for title in ("worker", "Postgres", "Valkey"):
         assert f"{title} has died; starting it again in 1 s\n" in output
         assert f"{title} was started again\n" in output
-    assert output.endswith("stopping\nstopped\n")
+    assert output.endswith(
+        "stopping\n1 chunk still runs and goes on without the servers; the next start follows it "
+        "to the end\nstopped\n"
+    )
+    until(lambda: children_of(home) == {})
     assert children_of(home) == {}
     assert not (home / ".dispatcher" / "standalone.json").exists()
 
 
 @pytest.mark.long
 @only_linux
-def test_all_that_a_standalone_started_dies_with_it_and_the_next_one_goes_on(home: Path) -> None:
+def test_all_that_a_standalone_started_dies_with_it_and_the_next_one_goes_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISPATCHER_STORAGE_URL", f"file://{home}/storage")
     process = start(home)
     addresses = told(home, process)
+    assert addresses["storage_url"] == f"file://{home}/storage"
     flower = HTTPConnection(urlsplit(addresses["flower_url"]).netloc, timeout=5)
     flower.request("GET", "/healthcheck")
     assert flower.getresponse().read() == b"OK"

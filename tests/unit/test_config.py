@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import fcntl
 import getpass
 import json
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -253,14 +255,38 @@ def test_a_running_standalone_gives_the_defaults(
     monkeypatch.setenv("DISPATCHER_HOME", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("DISPATCHER_BROKER_URL", "memory://")
     path = standalone(
-        {"database_url": DATABASE, "broker_url": "redis://h", "jobs": "a.yaml", "x": 1}
+        {
+            "database_url": DATABASE,
+            "broker_url": "redis://h",
+            "storage_url": "file:///there",
+            "jobs": "a.yaml",
+            "pid": os.getpid(),
+            "x": 1,
+        }
     )
     assert path == tmp_path / "elsewhere" / ".dispatcher" / "standalone.json"
     settings = load_settings(jobs="mine.yaml")
     assert settings.database_url == "postgresql+psycopg://me:pw@host:5432/db"
     assert settings.broker_url == "memory://"
     assert settings.jobs == "mine.yaml"
+    assert settings.storage_url == "file:///there"
     assert load_settings().jobs == "a.yaml"
+
+
+def test_a_standalone_that_was_killed_is_said_to_be_gone() -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path = standalone({"database_url": DATABASE, "pid": dead.pid})
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert str(caught.value) == (
+        f"the standalone that wrote {path} is gone (process {dead.pid}); start `dispatcher "
+        "standalone` there again, or set DISPATCHER_DATABASE_URL"
+    )
+    # In a container it has another number there than here; its lock is the same.
+    with path.with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert load_settings().database_url.endswith("//me:pw@host:5432/db")
 
 
 def test_a_named_database_leaves_the_standalone_alone(monkeypatch: pytest.MonkeyPatch) -> None:
