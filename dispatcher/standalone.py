@@ -39,6 +39,7 @@ __all__ = ["Standalone", "run"]
 DATABASE: Final = "dispatcher"
 CELERY: Final = (sys.executable, "-m", "celery", "-A", "workers.app")
 FLOWER_PORT: Final = 5555
+HIGHEST_PORT: Final = 65535
 
 READY_WITHIN: Final = 60.0
 LOOK_EVERY: Final = 0.2
@@ -188,6 +189,15 @@ class Ports:
     valkey: int | None = None
     flower: int = FLOWER_PORT
 
+    def check(self) -> None:
+        """Refuse a number that is no port."""
+        for name in ("postgres", "valkey", "flower"):
+            port = getattr(self, name)
+            if port is not None and not 1 <= port <= HIGHEST_PORT:
+                raise ConfigurationError(
+                    f"--{name}-port is {port}; it must be from 1 to {HIGHEST_PORT}"
+                )
+
 
 @dataclass
 class Standalone:
@@ -239,6 +249,7 @@ class Standalone:
             raise ConfigurationError(f"workers is {self.workers}; it must be at least 1")
         if self.jobs is not None and Path(self.jobs).exists():
             self.jobs = str(Path(self.jobs).absolute())
+        self.ports.check()
         example = self._example_job()
         self._take_directory()
         try:
@@ -263,9 +274,15 @@ class Standalone:
         return next((f"{name} --item 1" for name in jobs), None)
 
     def _take_directory(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.logs.mkdir(exist_ok=True)
-        lock = (self.directory / "lock").open("a+")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.logs.mkdir(exist_ok=True)
+            lock = (self.directory / "lock").open("a+")
+        except OSError as error:
+            raise ConfigurationError(
+                f"the directory {self.directory} cannot be used: {error.strerror}; choose another "
+                "one with --dir"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
