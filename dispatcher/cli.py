@@ -9,6 +9,7 @@ server cannot be reached, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -43,6 +44,9 @@ INTERNAL: Final = 1
 BAD_INPUT: Final = 2
 UNREACHABLE: Final = 4
 INTERRUPTED: Final = 130
+
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What the system answers who writes where there is no room, or a broken device."""
 
 EPILOG: Final = """
 Exit codes: 0 done or succeeded, 1 failed, 2 bad usage or input, 3 the batch was cancelled, 4 a
@@ -167,7 +171,7 @@ def guarded(scope: Scope, body: Callable[[], int]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever reads has gone, as `head` does: nobody is left to tell anything to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -177,12 +181,36 @@ def guarded(scope: Scope, body: Callable[[], int]) -> int:
             return BAD_INPUT
         return UNREACHABLE if isinstance(error, Unreachable) else INTERNAL
     except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user
-        said = str(error).strip().partition("\n")[0]
-        kind = type(error).__name__
-        hint = "" if scope.debug else " (run again with --debug)"
-        _complain(scope, f"internal error: {kind}{': ' if said else ''}{said}{hint}")
-        return INTERNAL
+        return _internal(scope, error)
     return code
+
+
+def _internal(scope: Scope, error: Exception) -> int:
+    """Tell of an error that nobody raised for a user."""
+    if _is_of_output(error):
+        return _tell_of_output(error)
+    said = str(error).strip().partition("\n")[0]
+    kind = type(error).__name__
+    hint = "" if scope.debug else " (run again with --debug)"
+    _complain(scope, f"internal error: {kind}{': ' if said else ''}{said}{hint}")
+    return INTERNAL
+
+
+def _is_of_output(error: Exception) -> bool:
+    """Whether an error says that what was printed cannot be written, as on a full disk."""
+    return isinstance(error, OSError) and error.errno in FULL and error.filename is None
+
+
+def _tell_of_output(error: Exception) -> int:
+    _discard_output()
+    said = error.strerror if isinstance(error, OSError) else error
+    sys.stderr.write(f"error: the output cannot be written: {said}\n")
+    return INTERNAL
+
+
+def _discard_output() -> None:
+    """Let what is still to be written go nowhere, so that the end of the process can flush it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(scope: Scope, text: str) -> None:
@@ -637,8 +665,9 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             # A terminal that cannot show a character gets its number, and not a traceback.
             stream.reconfigure(errors="backslashreplace")
-    app(prog_name="dispatcher")
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        app(prog_name="dispatcher")
+    except OSError as error:  # help that cannot be written; a command tells of its own
+        if not _is_of_output(error):
+            raise
+        sys.exit(_tell_of_output(error))

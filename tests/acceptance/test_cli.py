@@ -280,6 +280,29 @@ def test_the_module_runs_as_the_command_does(desk: Desk) -> None:
     assert out.startswith(b"Usage: dispatcher [OPTIONS] COMMAND")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("words", [("batches",), ("--help",)])
+def test_output_that_cannot_be_written_is_told_in_a_line(
+    desk: Desk, words: tuple[str, ...]
+) -> None:
+    desk.enqueue("work", "--item", "a")
+    with Path("/dev/full").open("wb") as full:
+        ran = desk.spawn(*words, stdout=full, stderr=subprocess.PIPE)
+        _, err = ran.communicate(timeout=30)
+    said = b"error: the output cannot be written: No space left on device\n"
+    assert (ran.returncode, err) == (1, said)
+
+
+def test_an_interrupt_while_the_command_is_imported_ends_it_without_a_traceback(desk: Desk) -> None:
+    (desk.folder / "typer.py").write_text("raise KeyboardInterrupt\n")
+    desk.settings["PYTHONPATH"] = os.pathsep.join(
+        [str(desk.folder), os.environ.get("PYTHONPATH", "")]
+    )
+    ran = desk.spawn("batches", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert ran.communicate(timeout=30) == (b"", b"")
+    assert ran.returncode == 130
+
+
 # --- enqueue --------------------------------------------------------------------------------------
 
 
