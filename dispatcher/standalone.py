@@ -15,7 +15,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ import psycopg
 from dispatcher import schema
 from dispatcher.config import load_config
 from dispatcher.errors import ConfigurationError, DispatcherError, Unreachable
+from dispatcher.ports import HIGHEST_PORT, any_free_port, is_free
 from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey, leashed
 from dispatcher.settings import standalone_file
 
@@ -39,7 +39,6 @@ __all__ = ["Standalone", "run"]
 DATABASE: Final = "dispatcher"
 CELERY: Final = (sys.executable, "-m", "celery", "-A", "workers.app")
 FLOWER_PORT: Final = 5555
-HIGHEST_PORT: Final = 65535
 
 READY_WITHIN: Final = 60.0
 LOOK_EVERY: Final = 0.2
@@ -354,9 +353,9 @@ class Standalone:
 
     def _free_ports(self) -> Ports:
         def free(wanted: int | None, what: str) -> int | None:
-            if wanted is None or _is_free(wanted):
+            if wanted is None or is_free(wanted):
                 return wanted
-            other = _any_free_port()
+            other = any_free_port()
             self.say(f"port {wanted} for {what} is taken: using {other} instead")
             return other
 
@@ -645,24 +644,6 @@ def _stop_signals() -> Iterator[_Asked]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        # As the servers do: a port in TIME_WAIT is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _any_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _shown(path: Path) -> str:

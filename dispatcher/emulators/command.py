@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from dispatcher.errors import ConfigurationError, Unreachable
+from dispatcher.ports import HIGHEST_PORT, is_free
 
 if TYPE_CHECKING:
     from dispatcher.emulators.cloud_run import CloudRunEmulator
@@ -61,6 +62,7 @@ A target for it in the jobs file:
       transport: grpc        # or rest, with the other address
       endpoint: {grpc}
       insecure: true
+      find_grace: 1s         # its lists do not lag
 
 {jobs}
 It runs until ^C.
@@ -129,10 +131,24 @@ def cloud_run(
         ),
     ] = None,
     grpc_port: Annotated[
-        int, typer.Option(metavar="PORT", help="Loopback port of gRPC.", show_default="a free one")
+        int,
+        typer.Option(
+            min=0,
+            max=HIGHEST_PORT,
+            metavar="PORT",
+            help="Loopback port of gRPC.",
+            show_default="a free one",
+        ),
     ] = 0,
     rest_port: Annotated[
-        int, typer.Option(metavar="PORT", help="Loopback port of REST.", show_default="a free one")
+        int,
+        typer.Option(
+            min=0,
+            max=HIGHEST_PORT,
+            metavar="PORT",
+            help="Loopback port of REST.",
+            show_default="a free one",
+        ),
     ] = 0,
     latency: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long each call takes.")
@@ -181,6 +197,13 @@ def cloud_run(
         )
     if engine is None and (network is not None or mount):
         raise ConfigurationError("--network and --mount are about containers: give --engine too")
+    for option, port in (("--grpc-port", grpc_port), ("--rest-port", rest_port)):
+        # Else gRPC's own log says it, and more than that.
+        if port and not is_free(port):
+            raise ConfigurationError(
+                f"{option} {port}: port {port} is taken; give another one, or leave it out to get "
+                "a free one"
+            )
     options = EmulatorOptions(
         grpc_port=grpc_port,
         rest_port=rest_port,

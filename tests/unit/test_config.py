@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dispatcher.backends import registry
 from dispatcher.backends.base import Meter
 from dispatcher.config import Target, load_config, load_settings, standalone_file
 from dispatcher.errors import ConfigurationError, UnknownJob
 from dispatcher.job import Job
+from dispatcher.problems import problems_of
 
 DATABASE = "postgresql://me:pw@host:5432/db"
 
@@ -666,6 +667,33 @@ def test_a_module_that_cannot_be_used_says_where(text: str, lines: list[str]) ->
 
 def test_a_missing_attribute_is_named() -> None:
     assert problems(f"{module('')}:conf") == ["shop_jobs:conf: the module shop_jobs has no conf"]
+
+
+class Choosy(BaseModel):
+    insecure: bool | Literal["anywhere"] = False
+    names: dict[str, int] = {}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"insecure": "maybe"}, ["insecure is \"maybe\"; it must be true or false, or 'anywhere'"]),
+        (
+            {"insecure": 3, "names": {"a": "x", "b": "x"}},
+            [
+                "insecure is 3; it must be true or false, or 'anywhere'",
+                'names.a is "x"; it must be an integer',
+                'names.b is "x"; it must be an integer',
+            ],
+        ),
+    ],
+)
+def test_a_value_that_is_none_of_several_kinds_is_told_once_under_its_own_name(
+    given: dict[str, Any], said: list[str]
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Choosy.model_validate(given)
+    assert list(map(str, problems_of(caught.value, Choosy))) == said
 
 
 # --- the registry ---------------------------------------------------------------------------------
