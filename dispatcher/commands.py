@@ -42,6 +42,7 @@ from dispatcher.problems import shown
 from dispatcher.queries import Attempt, BatchView, Chunk
 from dispatcher.rendering import Screen, utc_now
 from dispatcher.requests import Plan, check_chunk
+from dispatcher.settings import misspelt_variables
 from dispatcher.states import BatchState, ChunkState
 from dispatcher.storage import read_items
 from dispatcher.store import Store
@@ -90,11 +91,17 @@ def _opened(scope: Scope) -> Iterator[tuple[Dispatcher, Screen]]:
 
 
 def _settings(scope: Scope) -> Settings:
+    _tell_misspelt()
     settings = load_settings(database_url=scope.database_url, jobs=scope.jobs)
     # What a library would tell the log of a service is noise to somebody at a terminal.
     level = settings.level if scope.debug else max(settings.level, logging.WARNING)
     logs.configure(level, settings.log_format)
     return settings
+
+
+def _tell_misspelt() -> None:
+    for line in misspelt_variables():
+        sys.stderr.write(f"warning: {line}\n")
 
 
 def _config(scope: Scope) -> Config:
@@ -849,6 +856,7 @@ def cancel(scope: Scope, batch: str, *, wait: bool, reason: str) -> int:
 
 def check(scope: Scope, *, worker: bool) -> int:
     """Look at everything that an installation needs."""
+    _tell_misspelt()
     screen = Screen(as_json=scope.as_json)
     findings = checking.check_worker(scope) if worker else checking.check_all(scope)
     found = []
@@ -1002,6 +1010,7 @@ def run_standalone(
     # Imported here: it brings the clients of the servers, which no other command needs.
     from dispatcher import standalone  # noqa: PLC0415 - as said above
 
+    _tell_misspelt()
     return standalone.run(
         directory,
         jobs=scope.jobs or os.environ.get("DISPATCHER_JOBS"),

@@ -14,6 +14,7 @@ import os
 import platform
 from collections.abc import Mapping
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -25,9 +26,12 @@ from dispatcher.durations import Duration, format_duration
 from dispatcher.errors import ConfigurationError
 from dispatcher.problems import Problem, Problems, problems_of
 
-__all__ = ["Settings", "load_settings", "standalone_file"]
+__all__ = ["Settings", "load_settings", "misspelt_variables", "standalone_file"]
 
 _PREFIX: Final = "DISPATCHER_"
+
+NEARLY: Final = 0.75
+"""How much of a name must be as in another one to be taken for it, misspelt."""
 
 _POSTGRES: Final = "postgresql+psycopg"
 _DATABASE_FORM: Final = "must be a URL such as postgresql://user:password@host:5432/database"
@@ -168,6 +172,24 @@ def load_settings(**overrides: Any) -> Settings:
         problems = problems_of(error, Settings)
         # Without a cause: pydantic's own text may show a password.
         raise ConfigurationError("\n".join(_settings_line(p, origins) for p in problems)) from None
+
+
+def misspelt_variables() -> list[str]:
+    """Say of each variable that is none of ours and nearly has the name of one, which was meant.
+
+    Others that begin alike are left alone: an orchestrator makes some of a service of our name.
+    """
+    known = {f"{_PREFIX}{name.upper()}" for name in (*Settings.model_fields, "home")}
+    said = []
+    for name in sorted(os.environ):
+        if not name.upper().startswith(_PREFIX) or name.upper() in known:
+            continue
+        rest = [one.removeprefix(_PREFIX) for one in known]
+        close = get_close_matches(name.upper().removeprefix(_PREFIX), rest, n=1, cutoff=NEARLY)
+        said += [
+            f"{name} is no setting and is ignored: did you mean {_PREFIX}{one}?" for one in close
+        ]
+    return said
 
 
 def standalone_file() -> Path:

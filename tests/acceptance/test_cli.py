@@ -1028,6 +1028,15 @@ def test_a_standalone_without_its_jobs_file_is_refused(desk: Desk) -> None:
     assert not (desk.folder / "place").exists()
 
 
+@pytest.mark.parametrize("words", [("batches",), ("check",)])
+def test_a_misspelt_setting_is_told_beside_the_output(desk: Desk, words: tuple[str, ...]) -> None:
+    ran = desk.run(*words, "--json", DISPATCHER_LAESE="3s")
+    assert json.loads(ran.out) is not None
+    assert ran.err.startswith(
+        "warning: DISPATCHER_LAESE is no setting and is ignored: did you mean DISPATCHER_LEASE?\n"
+    )
+
+
 def test_a_standalone_without_jobs_is_refused_in_a_line(desk: Desk) -> None:
     desk.settings["DISPATCHER_JOBS"] = None
     assert desk.refused("standalone", "--dir", "place") == (

@@ -22,6 +22,7 @@ from dispatcher.config import Target, load_config, load_settings, standalone_fil
 from dispatcher.errors import ConfigurationError, UnknownJob
 from dispatcher.job import Job
 from dispatcher.problems import problems_of
+from dispatcher.settings import misspelt_variables
 
 DATABASE = "postgresql://me:pw@host:5432/db"
 
@@ -288,6 +289,17 @@ def test_a_standalone_that_was_killed_is_said_to_be_gone() -> None:
     with path.with_name("lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert load_settings().database_url.endswith("//me:pw@host:5432/db")
+
+
+def test_a_setting_that_is_misspelt_is_told_with_the_one_that_was_meant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HOME", "LEASE", "SERVICE_HOST", "PORT", "PORT_8080_TCP", "LAESE", "STORGE_URL"):
+        monkeypatch.setenv(f"DISPATCHER_{name}", "x")
+    assert misspelt_variables() == [
+        "DISPATCHER_LAESE is no setting and is ignored: did you mean DISPATCHER_LEASE?",
+        "DISPATCHER_STORGE_URL is no setting and is ignored: did you mean DISPATCHER_STORAGE_URL?",
+    ]
 
 
 def test_a_named_database_leaves_the_standalone_alone(monkeypatch: pytest.MonkeyPatch) -> None:
