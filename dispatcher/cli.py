@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
+from importlib.metadata import version
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Final, ParamSpec, get_type_hints
@@ -103,6 +104,12 @@ db = typer.Typer(
 P = ParamSpec("P")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"dispatcher {version('dispatcher')}\n")
+        raise typer.Exit
+
+
 @app.callback()
 def everywhere(
     context: typer.Context,
@@ -110,6 +117,16 @@ def everywhere(
     debug: Debug = False,
     database_url: DatabaseUrl = None,
     jobs: Jobs = None,
+    show_version: Annotated[  # noqa: ARG001 - its callback has told and ended
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and end.",
+            callback=_show_version,
+            is_eager=True,
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Run jobs over lists of items, in containers or processes elsewhere, and follow them."""
     context.obj = Scope(as_json, debug, database_url, jobs)
@@ -370,7 +387,8 @@ def batches(
 
     With --json: a list of batches {id, key, job, target, state, reason, params, labels, priority,
     actor, created_at, planned_at, deadline, cancel_requested_at, finished_at, items, chunks_total,
-    counts: {pending, launching, running, succeeded, failed, cancelled}, progress (0 to 1)}.
+    counts: {pending, launching, running, succeeded, failed, cancelled, split}, progress (0 to
+    1)}.
     """
     return commands.batches(scope, job=job, state=state, since=since, label=label, limit=limit)
 

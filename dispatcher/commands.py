@@ -980,7 +980,7 @@ def _confirm(question: str) -> None:
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
-        raise InvalidInput("nothing was changed")
+        raise InvalidInput("nothing was changed, as the answer was not yes")
 
 
 def _tell_revision(scope: Scope, was: str | None, revision: str | None) -> int:

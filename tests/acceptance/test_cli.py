@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from dispatcher.boottime import boottime
 from dispatcher.cli import Scope, app, guarded
 from dispatcher.config import load_config
 from dispatcher.engine import Engine
-from dispatcher.states import Outcome
+from dispatcher.states import ChunkState, Outcome
 from dispatcher.store import Store
 from dispatcher.testing import Ending, Fault, NullWorld
 from installation import until
@@ -256,6 +257,15 @@ def test_every_command_has_help_and_says_the_shape_of_its_json(
     assert "With --json:" in shown
     assert "--debug" in shown
     assert "…" not in shown
+
+
+def test_the_version_is_that_of_the_distribution(desk: Desk) -> None:
+    assert desk.ok("--version").out == f"dispatcher {version('dispatcher')}\n"
+
+
+def test_the_help_names_every_state_that_chunks_are_counted_by(desk: Desk) -> None:
+    shown = " ".join(desk.ok("batches", "--help").out.split())
+    assert f"counts: {{{', '.join(ChunkState)}}}" in shown
 
 
 def test_help_answers_without_importing_what_the_commands_need(desk: Desk) -> None:
@@ -1433,6 +1443,7 @@ def test_a_downgrade_on_a_terminal_is_confirmed_by_typing(desk: Desk) -> None:
         os.close(ours)
         assert process.returncode == code
         assert b"What the newer tables and columns hold is lost. [y/N] " in err
+        assert (b"error: nothing was changed, as the answer was not yes\n" in err) == bool(code)
 
 
 # --- all of it at once ----------------------------------------------------------------------------
