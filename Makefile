@@ -65,10 +65,11 @@ $(UV):
 	    uv==$(UV_VERSION)
 
 # The interpreter by its full path, and not one of a virtualenv that uv may be about to replace: uv
-# must take the one that was asked for, and fetch none.
+# must take the one that was asked for, and fetch none. It trusts whom the system trusts, as pip did
+# that fetched it: behind a proxy that opens TLS, only the system knows the proxy's authority.
 $(READY): uv.lock pyproject.toml | $(UV)
 	@bash scripts/check-python.sh '$(PYTHON)'
-	UV_PROJECT_ENVIRONMENT=$(VENV) UV_PYTHON_DOWNLOADS=never \
+	UV_PROJECT_ENVIRONMENT=$(VENV) UV_PYTHON_DOWNLOADS=never UV_SYSTEM_CERTS=$${UV_SYSTEM_CERTS:-true} \
 	UV_PYTHON="$$($(PYTHON) -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')" \
 	    $(UV) sync --quiet --frozen --all-extras --compile-bytecode
 	@touch $@

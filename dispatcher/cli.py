@@ -9,6 +9,7 @@ server cannot be reached, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
+from importlib.metadata import version
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Final, ParamSpec, get_type_hints
@@ -43,6 +45,9 @@ INTERNAL: Final = 1
 BAD_INPUT: Final = 2
 UNREACHABLE: Final = 4
 INTERRUPTED: Final = 130
+
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What the system answers who writes where there is no room, or a broken device."""
 
 EPILOG: Final = """
 Exit codes: 0 done or succeeded, 1 failed, 2 bad usage or input, 3 the batch was cancelled, 4 a
@@ -99,6 +104,12 @@ db = typer.Typer(
 P = ParamSpec("P")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"dispatcher {version('dispatcher')}\n")
+        raise typer.Exit
+
+
 @app.callback()
 def everywhere(
     context: typer.Context,
@@ -106,6 +117,16 @@ def everywhere(
     debug: Debug = False,
     database_url: DatabaseUrl = None,
     jobs: Jobs = None,
+    show_version: Annotated[  # noqa: ARG001 - its callback has told and ended
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and end.",
+            callback=_show_version,
+            is_eager=True,
+            show_default=False,
+        ),
+    ] = False,
 ) -> None:
     """Run jobs over lists of items, in containers or processes elsewhere, and follow them."""
     context.obj = Scope(as_json, debug, database_url, jobs)
@@ -167,7 +188,7 @@ def guarded(scope: Scope, body: Callable[[], int]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever reads has gone, as `head` does: nobody is left to tell anything to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -177,12 +198,36 @@ def guarded(scope: Scope, body: Callable[[], int]) -> int:
             return BAD_INPUT
         return UNREACHABLE if isinstance(error, Unreachable) else INTERNAL
     except Exception as error:  # noqa: BLE001 - no traceback ever reaches a user
-        said = str(error).strip().partition("\n")[0]
-        kind = type(error).__name__
-        hint = "" if scope.debug else " (run again with --debug)"
-        _complain(scope, f"internal error: {kind}{': ' if said else ''}{said}{hint}")
-        return INTERNAL
+        return _internal(scope, error)
     return code
+
+
+def _internal(scope: Scope, error: Exception) -> int:
+    """Tell of an error that nobody raised for a user."""
+    if _is_of_output(error):
+        return _tell_of_output(error)
+    said = str(error).strip().partition("\n")[0]
+    kind = type(error).__name__
+    hint = "" if scope.debug else " (run again with --debug)"
+    _complain(scope, f"internal error: {kind}{': ' if said else ''}{said}{hint}")
+    return INTERNAL
+
+
+def _is_of_output(error: Exception) -> bool:
+    """Whether an error says that what was printed cannot be written, as on a full disk."""
+    return isinstance(error, OSError) and error.errno in FULL and error.filename is None
+
+
+def _tell_of_output(error: Exception) -> int:
+    _discard_output()
+    said = error.strerror if isinstance(error, OSError) else error
+    sys.stderr.write(f"error: the output cannot be written: {said}\n")
+    return INTERNAL
+
+
+def _discard_output() -> None:
+    """Let what is still to be written go nowhere, so that the end of the process can flush it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(scope: Scope, text: str) -> None:
@@ -293,7 +338,8 @@ def enqueue(
 
     With --json: the batch, as `batches` shows it; with --wait as it ended. With --dry-run:
     {job, target, params, items, chunks, items_per_chunk: {min, max}, weight_per_chunk: {min, max},
-    largest_chunk_bytes, executions, tasks_per_execution: {min, max}, parallelism, launch_calls,
+    largest_chunk_bytes, executions, exact (false: at least so many, as limits let not all run at
+    once), tasks_per_execution: {min, max}, parallelism, tasks_at_once, launch_calls,
     launch_calls_seconds, limits: {max_running, max_executions, launches_per_minute, running,
     per_batch}}.
     """
@@ -341,7 +387,8 @@ def batches(
 
     With --json: a list of batches {id, key, job, target, state, reason, params, labels, priority,
     actor, created_at, planned_at, deadline, cancel_requested_at, finished_at, items, chunks_total,
-    counts: {pending, launching, running, succeeded, failed, cancelled}, progress (0 to 1)}.
+    counts: {pending, launching, running, succeeded, failed, cancelled, split}, progress (0 to
+    1)}.
     """
     return commands.batches(scope, job=job, state=state, since=since, label=label, limit=limit)
 
@@ -636,8 +683,9 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             # A terminal that cannot show a character gets its number, and not a traceback.
             stream.reconfigure(errors="backslashreplace")
-    app(prog_name="dispatcher")
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        app(prog_name="dispatcher")
+    except OSError as error:  # help that cannot be written; a command tells of its own
+        if not _is_of_output(error):
+            raise
+        sys.exit(_tell_of_output(error))

@@ -23,7 +23,7 @@ from dispatcher.errors import (
     UnknownBatch,
     WaitTimeout,
 )
-from dispatcher.job import Chunking, Job
+from dispatcher.job import PRIORITIES, Chunking, Job
 from dispatcher.queries import BatchView, Chunk, Event
 from dispatcher.results import Item, Output
 from dispatcher.states import BatchState, CancelKind, ChunkState
@@ -38,6 +38,8 @@ class Batch(BatchView):
     """A batch as it was when it was read, and the verbs for it."""
 
     dispatcher: Dispatcher = field(kw_only=True, repr=False, compare=False)
+    existed: bool = field(default=False, kw_only=True, compare=False)
+    """Of what `enqueue` returned: the key had this batch already, and nothing was written."""
 
     def refresh(self) -> Batch:
         """Read it again."""
@@ -155,7 +157,8 @@ class Dispatcher:
                 values are taken as they are: braces in them are no templates.
 
         Returns:
-            The batch, or the one that the key already has.
+            The batch, or the one that the key already has, with `existed` true and the labels and
+            the priority of the call that wrote it.
 
         Raises:
             InvalidInput: with the class that says what is wrong: UnknownJob, InvalidItems,
@@ -188,18 +191,24 @@ class Dispatcher:
             if connection is not None:
                 with connection.begin_nested():
                     batch_id = request.write(store, connection)
-                return self._batch(queries.read_batch(store, connection, batch_id))
+                view = queries.read_batch(store, connection, batch_id)
+                return self._batch(view, existed=batch_id != request.id)
             with store.transaction() as tx:
                 batch_id = request.write(store, tx)
                 view = queries.read_batch(store, tx, batch_id)
         self._waker.tap(PLAN, batch_id=batch_id)
-        return self._batch(view)
+        return self._batch(view, existed=batch_id != request.id)
 
     def _job(self, job: str | Job, priority: int | None, chunk_size: int | None) -> Job:
         """Find the job, with what this call changes of it."""
         found = self.config.job(job) if isinstance(job, str) else job
         changes: dict[str, Any] = {}
         if priority is not None:
+            least, most = PRIORITIES
+            if isinstance(priority, bool) or not isinstance(priority, int):
+                raise InvalidInput(f"priority is {priority!r}; it must be an integer")
+            if not least <= priority <= most:
+                raise InvalidInput(f"priority is {priority}; it must be from {least} to {most}")
             changes["priority"] = priority
         if chunk_size is not None:
             if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
@@ -209,9 +218,9 @@ class Dispatcher:
 
     # ---------------------------------------------------------------- watch
 
-    def _batch(self, view: BatchView) -> Batch:
+    def _batch(self, view: BatchView, *, existed: bool = False) -> Batch:
         fields = {name: getattr(view, name) for name in BatchView.__dataclass_fields__}
-        return Batch(**fields, dispatcher=self)
+        return Batch(**fields, dispatcher=self, existed=existed)
 
     def find(self, prefix: str) -> str:
         """Complete a shortened batch id.

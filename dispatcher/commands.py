@@ -25,6 +25,7 @@ from dispatcher.backends.registry import make_backend
 from dispatcher.cli import Scope
 from dispatcher.client import Batch, Dispatcher
 from dispatcher.config import Config, Settings, load_config, load_settings
+from dispatcher.enqueueing import BatchRequest
 from dispatcher.errors import (
     ConfigurationError,
     InvalidInput,
@@ -32,7 +33,7 @@ from dispatcher.errors import (
     SchemaMismatch,
 )
 from dispatcher.item_source import run_source
-from dispatcher.items import ItemStream, is_uri, open_items, stream_items
+from dispatcher.items import ItemStream, format_of, is_uri, open_items, stream_items
 from dispatcher.job import Chunking, Job
 from dispatcher.moments import read_moment
 from dispatcher.overriding import overridden
@@ -40,7 +41,8 @@ from dispatcher.planning import pack, plan_chunks
 from dispatcher.problems import shown
 from dispatcher.queries import Attempt, BatchView, Chunk
 from dispatcher.rendering import Screen, utc_now
-from dispatcher.requests import Plan
+from dispatcher.requests import Plan, check_chunk
+from dispatcher.settings import misspelt_variables
 from dispatcher.states import BatchState, ChunkState
 from dispatcher.storage import read_items
 from dispatcher.store import Store
@@ -89,11 +91,17 @@ def _opened(scope: Scope) -> Iterator[tuple[Dispatcher, Screen]]:
 
 
 def _settings(scope: Scope) -> Settings:
+    _tell_misspelt()
     settings = load_settings(database_url=scope.database_url, jobs=scope.jobs)
     # What a library would tell the log of a service is noise to somebody at a terminal.
     level = settings.level if scope.debug else max(settings.level, logging.WARNING)
     logs.configure(level, settings.log_format)
     return settings
+
+
+def _tell_misspelt() -> None:
+    for line in misspelt_variables():
+        sys.stderr.write(f"warning: {line}\n")
 
 
 def _config(scope: Scope) -> Config:
@@ -140,10 +148,18 @@ def enqueue(
         "tasks": tasks,
     }
     if dry_run:
-        changed = _changed(_config(scope), job, chunk_size, overrides)
-        return _dry_run(scope, *changed, _pairs(param, "--param"), items, item)
+        config, found = _changed(_config(scope), job, chunk_size, overrides)
+        params = found.check_params(_params(_pairs(param, "--param"), found))
+        labels = _pairs(label, "--label")
+        # What enqueueing would refuse before it looks at the items is refused here too.
+        with BatchRequest(found, [], params=params, key=key, labels=labels, actor="dry-run"):
+            return _dry_run(scope, config, found, params, items, item)
     with _opened(scope) as (dispatcher, screen):
-        params = _params(_pairs(param, "--param"), dispatcher.config.job(job))
+        found = dispatcher.config.job(job)
+        params = _params(_pairs(param, "--param"), found)
+        labels = _pairs(label, "--label")
+        if found.items is None and items is None and not item:
+            raise _no_items(found)
         batch = dispatcher.enqueue(
             job,
             _given_items(items, item),
@@ -151,20 +167,57 @@ def enqueue(
             key=key,
             priority=priority,
             chunk_size=chunk_size,
-            labels=_pairs(label, "--label"),
+            labels=labels,
             overrides=overrides,
         )
+        there_already = _there_already(batch, labels, priority) if batch.existed else None
         if wait:
             if not screen.as_json:
                 screen.line(batch.id)
-                sys.stdout.flush()
+            if there_already:
+                _note(screen, there_already)
+            sys.stdout.flush()
             return _wait(dispatcher, screen, batch.id)
         if screen.as_json:
             screen.document(rendering.batch_document(batch))
         else:
             screen.line(batch.id)
-            screen.note(f"enqueued {job}; `dispatcher watch {batch.id}` follows it")
+            follow = f"`dispatcher watch {batch.id}` follows it"
+            _note(screen, f"{there_already or f'enqueued {job}'}; {follow}")
     return 0
+
+
+def _there_already(batch: Batch, labels: Mapping[str, str], priority: int | None) -> str:
+    """Say that a key had its batch already, and what of this call is therefore not so."""
+    kept = []
+    if any(batch.labels.get(name) != value for name, value in labels.items()):
+        kept.append("its labels")
+    if priority is not None and priority != batch.priority:
+        kept.append(f"its priority {batch.priority}")
+    stay = f", and keeps {' and '.join(kept)}" if kept else ""
+    return f"batch {batch.id} of this key was there already, {batch.state}{stay}"
+
+
+def _note(screen: Screen, text: str) -> None:
+    """Write a line to stderr after all that was written to stdout, also where both go to a file."""
+    sys.stdout.flush()
+    screen.note(text)
+
+
+def _no_items(job: Job) -> InvalidItems:
+    return InvalidItems(
+        f'job "{job.name}" has no item source: give --item or --items, or set items.source in '
+        "the job"
+    )
+
+
+def _file_of(items: str) -> Path:
+    """Take --items as the path of a file whose name says what it holds."""
+    try:
+        format_of(items)
+    except InvalidItems as error:
+        raise InvalidItems(f"--items {error}. An item itself is given with --item") from None
+    return Path(items)
 
 
 def _given_items(items: str | None, item: Sequence[str]) -> Any:
@@ -172,7 +225,7 @@ def _given_items(items: str | None, item: Sequence[str]) -> Any:
     if items == "-":
         return _standard_input()
     if items is not None:
-        return items
+        return items if is_uri(items) else _file_of(items)
     return [read_value(text) for text in item] or None
 
 
@@ -246,7 +299,7 @@ def _changed(
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """What was seen of the chunks of a plan."""
+    """What was seen of the chunks of a plan; each could be filled into the job's templates."""
 
     items: int = 0
     chunks: int = 0
@@ -257,22 +310,60 @@ class _Sizes:
     heaviest: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Packs:
+    """In what executions the chunks of a plan would be launched."""
+
+    sizes: list[int]
+    """The tasks of each, as few executions as possible."""
+
+    exact: bool
+    """False: not all can run at once, and what waits is launched in the slots that come free."""
+
+    at_once: int | None
+    """Tasks at once, as limits let them; None without a limit."""
+
+    limit: str | None
+    """The name of the limit that says so."""
+
+
+def _packs(chunks: int, largest: int, plan: Plan, limits: Mapping[str, int | None]) -> _Packs:
+    """Cut chunks into executions as the launcher does while nothing else runs."""
+    most = plan.pack_tasks(largest)
+    slots = {name: value for name, value in limits.items() if value is not None}
+    limit = min(slots, key=lambda name: slots[name], default=None)
+    if limit is None:
+        return _Packs(pack(chunks, most), exact=True, at_once=None, limit=None)
+    # An execution takes as many slots as it runs tasks at once, and is launched when it has them.
+    each = min(most, plan.parallelism)
+    full, rest = divmod(slots[limit], each)
+    exact = most == 1 or chunks <= full * most + rest
+    sizes = pack(chunks, most if full else rest)
+    return _Packs(sizes, exact=exact, at_once=slots[limit], limit=limit)
+
+
 def _dry_run(
     scope: Scope,
     config: Config,
     job: Job,
-    given: Mapping[str, str],
+    params: Mapping[str, Any],
     items: str | None,
     item: Sequence[str],
 ) -> int:
     """Plan as a worker would, and write nothing."""
-    params = job.check_params(_params(given, job))
     target = config.targets[job.target]
     backend = make_backend(target)
     with _stream(job, params, items, item) as stream:
-        seen = _sizes(stream, job, backend)
+        seen = _sizes(stream, job, params, backend)
     plan = Plan.read("dry-run", job, params, job.labels, backend)
-    packs = pack(seen.chunks, plan.max_tasks)
+    slots = {
+        "max_running": target.max_running,
+        "running": job.limits.running,
+        "per_batch": job.limits.per_batch,
+    }
+    found = _packs(seen.chunks, seen.bytes, plan, slots)
+    packs = found.sizes
+    fewest = min(packs, default=0) if found.exact else 1
     calls_take = (
         None
         if target.launches_per_minute is None
@@ -298,8 +389,10 @@ def _dry_run(
                 "weight_per_chunk": {"min": seen.lightest, "max": seen.heaviest},
                 "largest_chunk_bytes": seen.bytes,
                 "executions": len(packs),
-                "tasks_per_execution": {"min": min(packs, default=0), "max": max(packs, default=0)},
+                "exact": found.exact,
+                "tasks_per_execution": {"min": fewest, "max": max(packs, default=0)},
                 "parallelism": plan.parallelism,
+                "tasks_at_once": found.at_once,
                 "launch_calls": len(packs),
                 "launch_calls_seconds": calls_take,
                 "limits": limits,
@@ -312,13 +405,23 @@ def _dry_run(
     screen.line(f"job          {job.name} on target {job.target}")
     screen.line(f"items        {seen.items:,}")
     screen.line(f"chunks       {seen.chunks:,}, of {per_chunk}, {seen.bytes:,} bytes at most")
-    tasks = _range(min(packs, default=0), max(packs, default=0), "task")
-    screen.line(f"executions   {len(packs):,}, of {tasks}, {plan.parallelism:,} at once")
-    rate = "" if calls_take is None else f", over {calls_take:,.0f} s at the target's rate"
-    screen.line(f"launch calls {len(packs):,}{rate}")
+    tasks = _range(fewest, max(packs, default=0), "task")
+    together = min(plan.parallelism, max(packs, default=0))
+    more = "" if found.exact else " or more"
+    screen.line(f"executions   {len(packs):,}{more}, of {tasks}, {together:,} at once")
+    rate = "" if calls_take is None else f", over {calls_take:,.0f} s{more} at the target's rate"
+    screen.line(f"launch calls {len(packs):,}{more}{rate}")
     named = ", ".join(f"{name} {value:g}" for name, value in limits.items() if value is not None)
     screen.line(f"limits       {named or 'none'}")
-    screen.note("nothing was written; retries add launch calls, and limits may make packs smaller")
+    if not found.exact:
+        _note(
+            screen,
+            f"{found.limit} lets {found.at_once:,} tasks run at once: what waits is launched as "
+            "tasks end, in as many executions as that takes",
+        )
+    _note(
+        screen, "nothing was written; retries add launch calls, and other batches share the limits"
+    )
     return 0
 
 
@@ -335,21 +438,32 @@ def _stream(
     if items == "-":
         return _standard_input()
     if items is not None:
-        return read_items(items) if is_uri(items) else open_items(items)
+        return read_items(items) if is_uri(items) else open_items(_file_of(items))
     if item:
         return open_items([read_value(text) for text in item])
     if job.items is None:
-        raise InvalidItems(
-            f'job "{job.name}" has no item source: give items, or set items.source in the job'
-        )
+        raise _no_items(job)
     return run_source(job.items.source, params, timeout=job.items.timeout.total_seconds())
 
 
-def _sizes(stream: Iterable[str], job: Job, backend: Backend) -> _Sizes:
+def _sizes(stream: Iterable[str], job: Job, params: Mapping[str, Any], backend: Backend) -> _Sizes:
+    """Cut items into chunks and fill the job's templates with each, as planning does.
+
+    Raises:
+        InvalidInput: an item cannot be used, or does not fit a template; in planning's words.
+    """
     items = chunks = least = most = size = 0
     weights: list[float] = []
     largest = backend.limits.max_payload_bytes
     for chunk in plan_chunks(stream, job.chunk, max_payload_bytes=largest):
+        check_chunk(
+            job,
+            "dry-run",
+            params,
+            chunk.index,
+            chunk.items,
+            max_text_bytes=backend.limits.max_text_bytes,
+        )
         items += chunk.count
         least = min(least, chunk.count) if chunks else chunk.count
         chunks += 1
@@ -374,9 +488,10 @@ def _wait(dispatcher: Dispatcher, screen: Screen, batch_id: str, *, every: bool 
     try:
         batch = _followed(dispatcher, screen, batch_id, every=every)
     except KeyboardInterrupt:
-        screen.note(
+        _note(
+            screen,
             f"batch {batch_id} goes on; `dispatcher watch {batch_id}` follows it, "
-            f"`dispatcher cancel {batch_id}` ends it"
+            f"`dispatcher cancel {batch_id}` ends it",
         )
         return INTERRUPTED
     if screen.as_json:
@@ -384,9 +499,10 @@ def _wait(dispatcher: Dispatcher, screen: Screen, batch_id: str, *, every: bool 
     else:
         screen.line(rendering.summary(batch, utc_now()))
     if batch.state is BatchState.FAILED:
-        screen.note(
+        _note(
+            screen,
             f"`dispatcher show --failed {batch_id}` shows what failed, "
-            f"`dispatcher retry --failed {batch_id}` runs it again"
+            f"`dispatcher retry --failed {batch_id}` runs it again",
         )
     return rendering.exit_code_of(batch.state)
 
@@ -438,7 +554,7 @@ def batches(
             titles = ("BATCH", "JOB", "STATE", "PROGRESS", "ENQUEUED", "BY", "REASON")
             screen.table(titles, [rendering.batch_row(batch, now) for batch in found])
         else:
-            screen.note("no batches")
+            _note(screen, "no batches")
     return 0
 
 
@@ -473,11 +589,13 @@ def show(scope: Scope, batch: str, *, items: bool, failed: bool, everything: boo
             screen.table(rendering.ATTEMPT_TITLES, rows)
         total = len(troubled) if failed else view.chunk_count or 0
         if len(listed) < total:
-            screen.note(
-                f"{len(listed)} of {total:,} chunks are shown, troubled ones first; --all shows all"
+            _note(
+                screen,
+                f"{len(listed)} of {total:,} chunks are shown, troubled ones first; --all shows "
+                "all",
             )
         elif failed and not listed:
-            screen.note("no chunk has failed")
+            _note(screen, "no chunk has failed")
         if items:
             _show_items(screen, dispatcher, view, failed=failed, everything=everything)
         _show_logs(screen, view, [chunk for chunk in listed if chunk.index in troubled])
@@ -519,9 +637,9 @@ def _show_items(
     if rows:
         screen.table(rendering.ITEM_TITLES, rows)
     elif failed:
-        screen.note("no item has failed")
+        _note(screen, "no item has failed")
     if next(found, None) is not None:
-        screen.note(f"{len(rows)} items are shown; --all shows all")
+        _note(screen, f"{len(rows)} items are shown; --all shows all")
 
 
 def _show_logs(screen: Screen, view: BatchView, chunks: Sequence[Chunk]) -> None:
@@ -537,7 +655,7 @@ def _show_logs(screen: Screen, view: BatchView, chunks: Sequence[Chunk]) -> None
         for line in (last.log_tail or "").split("\n")[-LINES_SHOWN:]:
             screen.line(f"  | {line}")
     if told:
-        screen.note(f"`dispatcher logs {view.id}/CHUNK` shows more")
+        _note(screen, f"`dispatcher logs {view.id}/CHUNK` shows more")
 
 
 def _split(ref: str) -> tuple[str, int | None]:
@@ -582,9 +700,9 @@ def logs_of(scope: Scope, ref: str, *, attempt: int | None, tail: int) -> int:
         sys.stdout.flush()
         if output.problem is not None:
             kept = "; above is what was kept when it failed" if output.lines else ""
-            screen.note(f"{output.problem}{kept}")
+            _note(screen, f"{output.problem}{kept}")
         elif not output.lines:
-            screen.note(f"attempt {tried.number} of chunk {view.id}/{index} has written nothing")
+            _note(screen, f"attempt {tried.number} of chunk {view.id}/{index} has written nothing")
         return 0 if output.lines else output.code
 
 
@@ -687,7 +805,7 @@ def jobs(scope: Scope) -> int:
     elif config.jobs:
         screen.table(rendering.JOB_TITLES, [rendering.job_row(j) for j in config.jobs.values()])
     else:
-        screen.note(f"no jobs in {config.source}")
+        _note(screen, f"no jobs in {config.source}")
     return 0
 
 
@@ -704,7 +822,7 @@ def retry(scope: Scope, batch: str, *, failed: bool) -> int:
         due = reopened.counts.get(ChunkState.PENDING, 0)
         what = f"{due:,} chunk{'' if due == 1 else 's'} due again" if due else "to be planned again"
         screen.line(f"{reopened.id} {reopened.state}: {what}")
-        screen.note(f"`dispatcher watch {reopened.id}` follows it")
+        _note(screen, f"`dispatcher watch {reopened.id}` follows it")
     return 0
 
 
@@ -716,7 +834,7 @@ def cancel(scope: Scope, batch: str, *, wait: bool, reason: str) -> int:
             try:
                 view = _followed(dispatcher, screen, view.id, every=False)
             except KeyboardInterrupt:
-                screen.note(f"the cancel of batch {view.id} stands and goes on")
+                _note(screen, f"the cancel of batch {view.id} stands and goes on")
                 return INTERRUPTED
         if screen.as_json:
             screen.document(rendering.batch_document(view))
@@ -734,7 +852,7 @@ def cancel(scope: Scope, batch: str, *, wait: bool, reason: str) -> int:
                 + " being stopped"
             )
         if view.finished and view.state is not BatchState.CANCELLED:
-            screen.note(f"batch {view.id} had {view.state} before it could be cancelled")
+            _note(screen, f"batch {view.id} had {view.state} before it could be cancelled")
             return FAILED
     return 0
 
@@ -744,6 +862,7 @@ def cancel(scope: Scope, batch: str, *, wait: bool, reason: str) -> int:
 
 def check(scope: Scope, *, worker: bool) -> int:
     """Look at everything that an installation needs."""
+    _tell_misspelt()
     screen = Screen(as_json=scope.as_json)
     findings = checking.check_worker(scope) if worker else checking.check_all(scope)
     found = []
@@ -770,7 +889,7 @@ def apply(scope: Scope, names: Sequence[str], *, yes: bool, check_only: bool) ->
         for line in rendering.definition_lines(found):
             screen.line(line)
         if not found:
-            screen.note(f"no job in {config.source} has a definition")
+            _note(screen, f"no job in {config.source} has a definition")
     written = {}
     if changed and not check_only:
         if not yes:
@@ -820,7 +939,7 @@ def db_check(scope: Scope) -> int:
     elif problem is None:
         screen.line(f"the database is at revision {found}, which fits this code")
     else:
-        screen.note(f"error: {problem}")
+        _note(screen, f"error: {problem}")
     return 0 if problem is None else FAILED
 
 
@@ -869,7 +988,7 @@ def _confirm(question: str) -> None:
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
-        raise InvalidInput("nothing was changed")
+        raise InvalidInput("nothing was changed, as the answer was not yes")
 
 
 def _tell_revision(scope: Scope, was: str | None, revision: str | None) -> int:
@@ -893,12 +1012,13 @@ def run_standalone(
     postgres_port: int | None,
     valkey_port: int | None,
     databases: Sequence[str],
-    prepare: Sequence[str],
+    prepare: str,
 ) -> int:
     """Run everything on this machine until ^C."""
     # Imported here: it brings the clients of the servers, which no other command needs.
     from dispatcher import standalone  # noqa: PLC0415 - as said above
 
+    _tell_misspelt()
     return standalone.run(
         directory,
         jobs=scope.jobs or os.environ.get("DISPATCHER_JOBS"),

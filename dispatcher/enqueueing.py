@@ -103,6 +103,11 @@ class BatchRequest:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
+    @property
+    def id(self) -> str:
+        """The id of the batch, if `write` does write it."""
+        return self._new.id
+
     def _check_storage(self, store: Store, tx: sa.Connection, *, patient: bool) -> None:
         """Refuse what could not run, as soon as it can be known: who leads the target told."""
         job, target = self._job, self._new.target
@@ -206,9 +211,10 @@ def _match(store: Store, tx: sa.Connection, key: str, asked: dict[str, Any]) -> 
         raise NotAllowed(f'the batch of key "{key}" was removed at this moment; try again')
     batch_id, theirs = found
     differing = [
-        f"{name} there is {_shown(theirs.get(name))}, here {_shown(asked.get(name))}"
+        text
         for name in {**asked, **theirs}
         if asked.get(name) != theirs.get(name)
+        for text in _difference(name, theirs.get(name), asked.get(name))
     ]
     if differing:
         raise IdempotencyConflict(
@@ -216,6 +222,34 @@ def _match(store: Store, tx: sa.Connection, key: str, asked: dict[str, Any]) -> 
             f"{'; '.join(differing)}. Use another key for another request"
         )
     return batch_id
+
+
+def _difference(name: str, theirs: object, ours: object) -> Iterator[str]:
+    """Say how one part of two requests differs, in words."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in {**theirs, **ours}:
+            if theirs.get(key) != ours.get(key):
+                yield from _difference(f"{name}.{key}", theirs.get(key), ours.get(key))
+        return
+    there, here = _shown(theirs), _shown(ours)
+    if name == "items":
+        there, here = _items_in_words(there), _items_in_words(here)
+        if there == here:
+            yield f"items: {there} there and here, but not the same in the same order"
+        else:
+            yield f"items: there {there}, here {here}"
+        return
+    yield f"{name} there is {there}, here {here}"
+
+
+def _items_in_words(asked: str) -> str:
+    """Word where the items of a request come from, as it is kept: the digest tells nobody much."""
+    if asked == "source":
+        return "those of the job's item source"
+    count, digest, _ = asked.partition(" items, sha256 ")
+    if not digest:
+        return f"those in {asked}"
+    return f"{int(count):,} item{'' if count == '1' else 's'}"
 
 
 def _items_from(job: Job, items: object) -> tuple[str | None, ItemStream]:
@@ -235,9 +269,15 @@ def _items_from(job: Job, items: object) -> tuple[str | None, ItemStream]:
 def _check_key(key: str | None) -> None:
     if key is None:
         return
-    if not isinstance(key, str) or not 1 <= len(key) <= LONGEST_KEY or "\0" in key:
+    if isinstance(key, str) and len(key) > LONGEST_KEY:
         raise InvalidInput(
-            f"key is {str(key)[:40]!r}; it must be a text of 1 to {LONGEST_KEY} characters"
+            f"key is {len(key):,} characters long, {key[:40]!r}…; it must be a text of 1 to "
+            f"{LONGEST_KEY} characters"
+        )
+    if not isinstance(key, str) or not key or "\0" in key:
+        raise InvalidInput(
+            f"key is {str(key)[:40]!r}; it must be a text of 1 to {LONGEST_KEY} characters, none "
+            "of them NUL"
         )
 
 

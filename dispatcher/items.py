@@ -240,7 +240,7 @@ def parse(
         raise InvalidItems(
             f"{name} has no items"
             + (" after its header line" if kind == "csv" else "")
-            + "; an empty list is the way to enqueue nothing on purpose"
+            + "; a batch of none can be enqueued from Python only, with an empty list"
         )
 
 

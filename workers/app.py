@@ -17,6 +17,7 @@ from celery.signals import setup_logging, worker_shutting_down
 from dispatcher.config import load_settings
 from dispatcher.errors import DispatcherError
 from dispatcher.logs import configure
+from dispatcher.settings import misspelt_variables
 from dispatcher.wake import SWEEP, celery_settings
 from workers.clock import Clock
 from workers.runtime import runtime
@@ -53,6 +54,8 @@ app.conf.update(
 def set_up_logging(**_: Any) -> None:
     """Log in our form; Celery keeps its hands off."""
     configure(settings.level, settings.log_format)
+    for line in misspelt_variables():
+        log.warning("setting_ignored", why=line)
 
 
 class ClockStep(bootsteps.StartStopStep):  # type: ignore[misc]  # celery ships no types

@@ -54,7 +54,7 @@ def backend_class(name: str) -> type[Backend]:
     except ImportError as error:
         raise ConfigurationError(
             f'the backend "{name}" cannot be imported ({error}); '
-            f"to install what it needs: pip install '{_requirement(found)}'"
+            f"to install what it needs: {_installation(found)}"
         ) from error
     except AttributeError as error:
         raise ConfigurationError(
@@ -84,6 +84,9 @@ def _entry_point(name: str) -> EntryPoint | None:
     return next(iter(entry_points(group=ENTRY_POINTS, name=name)), None)
 
 
-def _requirement(found: EntryPoint) -> str:
-    # Our own extras are named as their backends; another distribution knows its own needs.
-    return f"dispatcher[{found.name}]" if found.dist is None else found.dist.name
+def _installation(found: EntryPoint) -> str:
+    if found.dist is not None:  # it knows its own needs
+        return f"pip install '{found.dist.name}'"
+    # Our own extras are named as their backends, with dashes. From a checkout: this is on no index,
+    # and what has our name there is somebody else's.
+    return f"in a checkout of dispatcher, pip install '.[{found.name.replace('_', '-')}]'"

@@ -20,6 +20,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dispatcher.errors import ConfigurationError, Unreachable
+from dispatcher.ports import HIGHEST_PORT, is_free
 from dispatcher.problems import problems_of, shown
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ A target for it in the jobs file:
       transport: grpc        # or rest, with the other address
       endpoint: {grpc}
       insecure: true
+      find_grace: 1s         # its lists do not lag
 
 {jobs}
 It runs until ^C.
@@ -138,10 +140,24 @@ def cloud_run(
         ),
     ] = None,
     grpc_port: Annotated[
-        int, typer.Option(metavar="PORT", help="Loopback port of gRPC.", show_default="a free one")
+        int,
+        typer.Option(
+            min=0,
+            max=HIGHEST_PORT,
+            metavar="PORT",
+            help="Loopback port of gRPC.",
+            show_default="a free one",
+        ),
     ] = 0,
     rest_port: Annotated[
-        int, typer.Option(metavar="PORT", help="Loopback port of REST.", show_default="a free one")
+        int,
+        typer.Option(
+            min=0,
+            max=HIGHEST_PORT,
+            metavar="PORT",
+            help="Loopback port of REST.",
+            show_default="a free one",
+        ),
     ] = 0,
     latency: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long each call takes.")
@@ -173,7 +189,7 @@ def cloud_run(
     """Serve Cloud Run Jobs on this machine until ^C.
 
     The real client library works against it, over gRPC and REST; tasks are local processes, or
-    containers of a local engine. Nothing is kept when it ends. Needs the extra `cloud_run`.
+    containers of a local engine. Nothing is kept when it ends. Needs the extra `cloud-run`.
 
     With --json: {grpc, rest, jobs} in one line, once it serves.
     """
@@ -190,6 +206,13 @@ def cloud_run(
         )
     if engine is None and (network is not None or mount):
         raise ConfigurationError("--network and --mount are about containers: give --engine too")
+    for option, port in (("--grpc-port", grpc_port), ("--rest-port", rest_port)):
+        # Else gRPC's own log says it, and more than that.
+        if port and not is_free(port):
+            raise ConfigurationError(
+                f"{option} {port}: port {port} is taken; give another one, or leave it out to get "
+                "a free one"
+            )
     options = EmulatorOptions(
         grpc_port=grpc_port,
         rest_port=rest_port,
@@ -250,7 +273,7 @@ def _check_extra() -> None:
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"the emulator of Cloud Run needs Google's client library ({error.name} is missing): "
-            "pip install 'dispatcher[cloud_run]'"
+            "in a checkout of dispatcher, pip install '.[cloud-run]'"
         ) from error
 
 

@@ -49,7 +49,7 @@ console = Console(highlight=False)
 def standalone() -> Iterator[dict[str, Any]]:
     """Run the servers, a worker, beat and Flower; yield what the standalone tells of itself."""
     command = [
-        *(sys.executable, "-m", "dispatcher.standalone", "--dir", str(STATE)),
+        *(sys.executable, "-m", "dispatcher", "standalone", "--dir", str(STATE)),
         *("--jobs", str(HERE / "jobs.yaml"), "--database", "shop"),
         *("--prepare", "python3 -m examples.export.make_shop"),
     ]

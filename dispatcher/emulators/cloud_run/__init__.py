@@ -2,7 +2,7 @@
 
 One world in memory behind both: jobs, executions, tasks, operations and what tasks wrote. Tasks run
 as local processes (`ProcessRunner`), as containers of a local engine (`ContainerRunner`) or as a
-script says (`ScriptRunner`); `faults` has what can go wrong. Needs the extra `cloud_run`.
+script says (`ScriptRunner`); `faults` has what can go wrong. Needs the extra `cloud-run`.
 """
 
 from __future__ import annotations
