@@ -175,6 +175,17 @@ def s3_platform(url: str) -> dict[str, str]:
     }
 
 
+def _one_at_a_time(app: Any) -> Any:
+    """Answer one request after the other: moto looks and writes in two steps, and S3 in one."""
+    answering = threading.Lock()
+
+    def answer(environ: Any, start_response: Any) -> list[bytes]:
+        with answering:
+            return list(app(environ, start_response))
+
+    return answer
+
+
 @contextmanager
 def serve_s3() -> Iterator[tuple[str, Any]]:
     """Run moto's S3 on loopback with one bucket, `bucket`: its URL, and a client of boto3."""
@@ -185,6 +196,8 @@ def serve_s3() -> Iterator[tuple[str, Any]]:
     logging.getLogger("werkzeug").disabled = True
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
+    assert server._server is not None
+    server._server.app = _one_at_a_time(server._server.app)
     try:
         host, port = server.get_host_and_port()
         url = f"http://{host}:{port}"

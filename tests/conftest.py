@@ -16,7 +16,12 @@ from pathlib import Path
 import psycopg
 import pytest
 import sqlalchemy
+from hypothesis import HealthCheck, settings
 from psycopg import sql
+
+# How long an example takes says how busy the machine is; the rest is as Hypothesis has it.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 # The asserts of the contract explain themselves as those of a test module do; before any import.
 pytest.register_assert_rewrite("dispatcher.testing")

@@ -230,8 +230,8 @@ def test_a_deadlock_is_a_conflict_after_which_the_step_is_taken_again(bench: Ben
     for thread in threads:
         thread.join(20)
     assert bench.sql("SELECT n FROM public.thing") == [2, 2]
-    # Postgres ends one of the two, or both where both of them find the deadlock at once.
-    assert sorted(tries) in ([1, 1, 2], [1, 2, 2], [1, 1, 2, 2]), "what was ended was taken again"
+    # Postgres ends one of the two, or both; and what is taken again may meet the other once more.
+    assert len(tries) > len(threads), "what was ended was taken again"
 
 
 def test_a_step_that_keeps_conflicting_is_given_up() -> None:

@@ -184,7 +184,7 @@ class TestPieceByPiece:
     def pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(receipts_module, "PIECE_BYTES", 1)
 
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
     @given(
         documents,
         st.sampled_from([None, 1]),
