@@ -43,7 +43,7 @@ from dispatcher.queries import Attempt, BatchView, Chunk
 from dispatcher.rendering import Screen, utc_now
 from dispatcher.requests import Plan, check_chunk
 from dispatcher.settings import misspelt_variables
-from dispatcher.states import BatchState, ChunkState
+from dispatcher.states import FINAL_CHUNK, BatchState, ChunkState
 from dispatcher.storage import read_items
 from dispatcher.store import Store
 
@@ -819,8 +819,11 @@ def retry(scope: Scope, batch: str, *, failed: bool) -> int:
         if screen.as_json:
             screen.document(rendering.batch_document(reopened))
             return 0
-        due = reopened.counts.get(ChunkState.PENDING, 0)
-        what = f"{due:,} chunk{'' if due == 1 else 's'} due again" if due else "to be planned again"
+        # A worker may have taken some of them already.
+        due = sum(number for state, number in reopened.counts.items() if state not in FINAL_CHUNK)
+        what = f"{due:,} chunk{'' if due == 1 else 's'} due again"
+        if reopened.state is BatchState.PLANNING:
+            what = "to be planned again"
         screen.line(f"{reopened.id} {reopened.state}: {what}")
         _note(screen, f"`dispatcher watch {reopened.id}` follows it")
     return 0

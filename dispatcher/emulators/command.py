@@ -14,14 +14,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dispatcher.errors import ConfigurationError, Unreachable
 from dispatcher.ports import HIGHEST_PORT, is_free
-from dispatcher.problems import problems_of, shown
 
 if TYPE_CHECKING:
     from dispatcher.emulators.cloud_run import CloudRunEmulator
@@ -33,29 +31,6 @@ Quota = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Calls a minute before a 429; else any."),
 ]
-
-NAME_PARTS: Final = ("projects", "locations", "jobs")
-
-
-class _Definition(BaseModel):
-    """A Cloud Run job as the file of --definitions has it: the arguments of `World.define`.
-
-    What Cloud Run itself refuses, such as a reserved variable, is left to the emulator.
-    """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
-
-    image: Annotated[str, Field(min_length=1)] = "image"
-    container: str = ""
-    command: list[str] = []
-    args: list[str] = []
-    env: dict[str, str] = {}
-    limits: dict[Literal["cpu", "memory"], str] = {}
-    parallelism: Annotated[int, Field(ge=0)] = 0
-    max_retries: Annotated[int, Field(ge=0)] = 0
-    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600
-    task_count: Annotated[int, Field(ge=1)] = 1
-
 
 SAID: Final = """\
 Cloud Run Jobs, emulated on this machine only:
@@ -237,8 +212,7 @@ def cloud_run(
         runner=runner, faults=from_json(faults) if faults else (), options=options
     )
     jobs = [
-        _define(emulator, definitions, name, given)
-        for name, given in _definitions(definitions).items()
+        _define(emulator, definitions, name, given) for name, given in _read(definitions).items()
     ]
     with _until_signalled() as wait, _opened(emulator):
         _announce(emulator, jobs, as_json=scope.as_json)
@@ -318,40 +292,12 @@ def _containers(
     )
 
 
-def _definitions(path: Path | None) -> Mapping[str, Mapping[str, Any]]:
+def _read(path: Path | None) -> Mapping[str, Mapping[str, Any]]:
     if path is None:
         return {}
-    import yaml  # noqa: PLC0415 - only for those who give a file
+    from dispatcher.emulators.definition_file import read_definitions  # noqa: PLC0415 - is slow
 
-    try:
-        given = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{path}: the jobs cannot be read: {error}") from error
-    if not isinstance(given, dict):
-        raise ConfigurationError(f"{path}: expected projects/P/locations/R/jobs/J: {{image: ...}}")
-    return {str(name): _definition(path, str(name), one) for name, one in given.items()}
-
-
-def _definition(path: Path, name: str, given: object) -> Mapping[str, Any]:
-    """Read the entry of one job.
-
-    Raises:
-        ConfigurationError: it is none; each thing that is wrong is named.
-    """
-    parts = name.split("/")
-    if len(parts) != 2 * len(NAME_PARTS) or tuple(parts[::2]) != NAME_PARTS:
-        raise ConfigurationError(f"{path}: {name!r} is not projects/P/locations/R/jobs/J")
-    if not isinstance(given, dict):
-        keys = ", ".join(_Definition.model_fields)
-        raise ConfigurationError(
-            f"{path}: {name} is {shown(given)}; it must be a mapping, such as {{image: app}}; "
-            f"allowed: {keys}"
-        )
-    try:
-        return _Definition.model_validate(given).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        told = "; ".join(map(str, problems_of(error, _Definition)))
-        raise ConfigurationError(f"{path}: {name}: {told}") from error
+    return read_definitions(path)
 
 
 def _define(

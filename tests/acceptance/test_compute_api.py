@@ -195,7 +195,7 @@ def test_the_same_key_with_another_body_is_a_conflict_that_names_the_difference(
     first = api.post("key", upto=10_000, tasks=2).json()
     for order, difference in (
         ({"tasks": 3}, "overrides.tasks there is 2, here 3"),
-        ({"tasks": 2, "upto": 20_000}, 'params there is {"upto": 10000}, here {"upto": 20000}'),
+        ({"tasks": 2, "upto": 20_000}, "params.upto there is 10000, here 20000"),
         ({"tasks": 2, "args": []}, "overrides.args there is not given, here []"),
         ({"tasks": 2, "timeout_seconds": 60}, "overrides.timeout there is not given, here 1m"),
     ):

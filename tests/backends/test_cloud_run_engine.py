@@ -784,10 +784,12 @@ def test_credentials_that_are_not_there_are_told(
     cloud = make_cloud(insecure=False)
     code, checked = cloud.check()
     assert code == 1
-    assert "none.json was not found.; give the workers credentials" in checked
+    assert "none.json was not found" in checked
+    assert "set `insecure: true`" in checked
+    assert "give the workers credentials" in checked
     batch = cloud.dispatcher.enqueue("etl", range(3))
     reason = cloud.finish(batch).reason
     assert reason is not None
-    assert "none.json was not found.; give the workers credentials" in reason
+    assert "none.json was not found" in reason
     assert cloud.outcomes(batch) == [["rejected"]] * 3
     assert cloud.emulator.calls.total() == 0

@@ -153,7 +153,7 @@ def test_a_reason_that_no_column_holds_is_recorded_in_characters_that_it_does(
     worker.fire()
     site.move(hours=1)
     with monkeypatch.context() as broken:
-        broken.setattr(firer, "BatchRequest", refuse)
+        broken.setattr(firer, "scheduled", refuse)
         assert worker.fire() == []
     assert site.rows()[-1][2] == "line 3: \N{REPLACEMENT CHARACTER} is no item"
     site.move(hours=1)
