@@ -71,7 +71,7 @@ jobs:
 PACKS: Final = 50
 """Launches of five chunks, which have two items each; the others are of one item."""
 
-DOUBLED: Final = 25
+DOUBLED: Final = 5
 """Keys of which a second execution must have come to be, or it would prove nothing."""
 
 
