@@ -47,7 +47,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from typing import IO, Any, NamedTuple, NoReturn
@@ -692,6 +692,12 @@ class _Process:
     task: Task | None = None
     leaves_by_exit = False
     crashed = False
+    sigterm: Callable[[int, object], None] | None = None
+    """Our handler, once there was one."""
+
+
+_forking = threading.local()
+"""The signal mask of a thread that forks."""
 
 
 def _this_task() -> Task:
@@ -788,6 +794,30 @@ def _set_sigterm(task: Task) -> None:
         raise SystemExit(EXIT_SIGTERM)
 
     signal.signal(signal.SIGTERM, terminated)
+    if _Process.sigterm is None and hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_unblock, after_in_child=_after_fork
+        )
+    _Process.sigterm = terminated
+
+
+def _before_fork() -> None:
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork() -> None:
+    """Have a forked child end at SIGTERM as it would without us, also while it begins.
+
+    What a handler of Python's is to do then is forgotten, and whoever waits for the end of the
+    child, as a pool of `multiprocessing` does, would wait for ever.
+    """
+    if signal.getsignal(signal.SIGTERM) is _Process.sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _unblock()
 
 
 def _sigterm_is_free() -> bool:

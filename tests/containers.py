@@ -121,7 +121,7 @@ class Docker:
                     continue  # it has ended meanwhile
         mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
         for mount in reversed([one for one in mounts if one.startswith(f"{self.folder}/")]):
-            subprocess.run(["umount", "--lazy", mount], check=True)
+            subprocess.run(["umount", "--lazy", mount], check=False)  # it may be gone meanwhile
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

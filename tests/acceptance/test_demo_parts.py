@@ -411,7 +411,7 @@ def test_a_standalone_that_is_stopped_while_it_starts_leaves_nothing(home: Path)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert output == "stopped before it was ready\n"
-    assert children_of(home) == {}
+    until(lambda: children_of(home) == {})
 
 
 def test_a_wrong_jobs_file_is_refused_before_anything_is_started(home: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -149,12 +150,9 @@ def test_a_cancel_stops_what_runs_and_is_said_only_when_it_is_true(site: Site) -
     with site.dispatcher() as dispatcher:
         batch = dispatcher.enqueue("note", range(12), params=params(site, 60))
         until(lambda: batch.refresh().counts.get("running") == 8, "eight to run")
-        pids = [
-            int(word)
-            for path in site.folder.glob("spool/*/*/pid.json")
-            for word in path.read_text().replace(",", " ").split()
-            if word.isdigit()
-        ]
+        found = site.folder.rglob("process.json")
+        pids = [json.loads(path.read_text())["pid"] for path in found]
+        assert len(pids) >= 8
         assert batch.cancel().state is BatchState.RUNNING
         batch = batch.wait(30)
     assert batch.state is BatchState.CANCELLED

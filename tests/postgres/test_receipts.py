@@ -772,12 +772,10 @@ def test_while_nothing_succeeds_splitting_comes_to_an_end(make: Make) -> None:
 @pytest.mark.parametrize(
     ("items", "size", "every"),
     [
-        (2_000, 10, 300),
-        (2_000, 1_000, 300),
-        (2_000, 2_000, 300),
-        (500, 100, 14),
-        (500, 500, 14),
-        (256, 64, 4),
+        (1_000, 10, 150),
+        (1_000, 1_000, 150),
+        (300, 100, 14),
+        (128, 64, 4),
     ],
 )
 def test_only_bad_items_fail_whatever_the_chunks_and_however_many_they_are(

@@ -222,7 +222,7 @@ def test_a_deadlock_is_a_conflict_after_which_the_step_is_taken_again(bench: Ben
                         first = False
                         barrier.wait(10)
 
-        again(step)
+        again(step, tries=20)
 
     threads = [Thread(target=both, args=(order,)) for order in ((1, 2), (2, 1))]
     for thread in threads:
