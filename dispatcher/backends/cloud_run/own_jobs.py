@@ -144,7 +144,8 @@ class OwnJobs:
         told = recorded([one.key for one in over])
         ended = [one for one in over if told.get(one.key, UNKNOWN).ended]
         old = [one for one in ended if one.ended < before]
-        spare = [one for one in ended if one not in old and told.get(one.key, UNKNOWN).calls <= 1]
+        later = [one for one in ended if one.ended >= before]
+        spare = [one for one in later if told.get(one.key, UNKNOWN).calls <= 1]
         removed = self._delete(clients, old)
         return removed + self._delete(clients, spare, while_short=True)
 
