@@ -7,30 +7,15 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import psycopg
 import pytest
+from waiting import until
 
 from dispatcher import Dispatcher
 
-_T = TypeVar("_T")
 ROOT = Path(__file__).parents[1]
-
-
-def until(probe: Callable[[], _T], what: str, seconds: float = 30.0) -> _T:
-    """Wait until the probe says something true, and say what did not happen if it never does."""
-    end = time.monotonic() + seconds
-    while True:
-        found = probe()
-        if found:
-            return found
-        if time.monotonic() > end:
-            pytest.fail(f"not within {seconds:g} s: {what}")
-        time.sleep(0.05)
 
 
 def procfile(name: str) -> list[str]:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Final
 
+from waiting import until
+
 from dispatcher import Batch
 from dispatcher.emulators.cloud_run import CloudRunEmulator
 from dispatcher.emulators.cloud_run.faults import lose_reply, refuse, stale_lists
-from installation import Nursery, Site, until
+from installation import Nursery, Site
 
 LAUNCHES: Final = 500
 WORKERS: Final = 4

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from waiting import until
 
 from dispatcher import Batch, BatchState, Dispatcher
 from examples.bigquery_export.here import local
 from examples.bigquery_export.image.export_tables import Place
-from installation import ROOT, Site, until
+from installation import ROOT, Site
 
 HERE = ROOT / "examples" / "bigquery_export"
 DESTINATION = "gs://bucket/nightly"

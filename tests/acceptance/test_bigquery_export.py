@@ -36,6 +36,7 @@ from nights import (
 )
 from terraform import granted, resources
 from typer.testing import CliRunner
+from waiting import until
 from warehouse import Table, Warehouse, serve
 
 from dispatcher import BatchState, ConfigurationError, container, load_config
@@ -46,7 +47,7 @@ from dispatcher.planning import plan_chunks
 from examples.bigquery_export import tables
 from examples.bigquery_export.image import export_tables
 from examples.bigquery_export.image.export_tables import ExportError, Exports, Extracts, Place, Run
-from installation import Site, until
+from installation import Site
 
 
 @pytest.fixture

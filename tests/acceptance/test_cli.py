@@ -31,6 +31,7 @@ import pytest
 import structlog
 import typer.main
 from typer.testing import CliRunner
+from waiting import until
 
 from dispatcher import schema
 from dispatcher.boottime import boottime
@@ -40,7 +41,6 @@ from dispatcher.engine import Engine
 from dispatcher.states import ChunkState, Outcome
 from dispatcher.store import Store
 from dispatcher.testing import Ending, Fault, NullWorld
-from installation import until
 
 JOBS = """
 targets:

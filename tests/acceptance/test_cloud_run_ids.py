@@ -17,13 +17,14 @@ import pytest
 import yaml
 from terraform import granted, resources
 from typer.testing import CliRunner, Result
+from waiting import until
 
 from dispatcher import Batch, ChunkState, Dispatcher, load_config
 from dispatcher.cli import app
 from dispatcher.emulators.cloud_run import CloudRunEmulator
 from dispatcher.emulators.cloud_run.processes import ProcessRunner
 from examples.cloud_run_ids.emulated import emulated
-from installation import ROOT, Site, until
+from installation import ROOT, Site
 
 HERE = ROOT / "examples" / "cloud_run_ids"
 IDS = [str(number) for number in range(101, 113)]

@@ -28,12 +28,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
 from terraform import resources
+from waiting import until
 
 from dispatcher import ConfigurationError, Dispatcher, load_config
 from examples.compute_api.app import Order, Variables, create, create_app, read_tokens
 from examples.compute_api.computations import tables
 from examples.compute_api.image import count_primes
-from installation import ROOT, Site, until
+from installation import ROOT, Site
 
 HERE = ROOT / "examples" / "compute_api"
 TOKENS = {"ann-s-token": "ann", "bob-s-token": "bob"}

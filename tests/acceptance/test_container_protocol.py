@@ -12,8 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 from buckets import serve_gcs, serve_s3
 from google_emulators import INSTALLED, run_emulators, serve_front
+from waiting import until
 
 from dispatcher import container
 from dispatcher.receipts import Expected, read_receipt
@@ -133,14 +133,6 @@ def box(tmp_path: Path) -> Iterator[Container]:
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=30)
     return process.returncode, out, err
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 20
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return found
 
 
 WORK = """

@@ -13,8 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import psycopg
 import pytest
 import yaml
 from psycopg import sql
+from waiting import until
 
 from dispatcher import ChunkState, Dispatcher, load_config
 from dispatcher.standalone import Ports, Standalone
@@ -31,13 +31,6 @@ from examples.export import demo, make_shop, shop, tables
 
 ROOT = Path(__file__).parents[2]
 ROWS = 3000
-
-
-def until(condition: Callable[[], bool], within: float = 30) -> None:
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.05)
 
 
 # --- the shop and its export ---
@@ -297,7 +290,7 @@ def told(home: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return found if found.get("pid") == process.pid else {}
 
-    until(lambda: bool(read()) or process.poll() is not None, within=90)
+    until(lambda: bool(read()) or process.poll() is not None, seconds=90)
     assert process.poll() is None, process.communicate()
     return read()
 

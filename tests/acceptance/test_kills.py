@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from dispatcher import BatchState, schema
 from dispatcher.servers import EmbeddedPostgres, EmbeddedValkey
-from installation import Nursery, Site, until
+from installation import Nursery, Site
 
 JOBS = """
 targets:

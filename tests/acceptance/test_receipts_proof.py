@@ -22,6 +22,7 @@ import pytest
 import yaml
 from buckets import s3_platform, serve_gcs, serve_s3
 from typer.testing import CliRunner
+from waiting import until
 
 from dispatcher import Batch, container
 from dispatcher.cli import app
@@ -29,7 +30,7 @@ from dispatcher.emulators.cloud_run import CloudRunEmulator, TaskEnd, TaskStart
 from dispatcher.emulators.cloud_run.processes import ProcessRunner
 from dispatcher.errors import InvalidInput
 from dispatcher.storage import Storage
-from installation import ROOT, Site, until
+from installation import ROOT, Site
 
 Spoil: TypeAlias = Callable[[dict[str, Any]], bytes]
 """Makes something else of a receipt."""

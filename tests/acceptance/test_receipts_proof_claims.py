@@ -26,6 +26,7 @@ from launch_once import (
     misbehave,
     staff,
 )
+from waiting import until
 from workbench import HERE, Bench, job
 
 from dispatcher import container, schema
@@ -38,7 +39,7 @@ from dispatcher.engine import Engine
 from dispatcher.storage import Storage
 from dispatcher.store import Store
 from dispatcher.testing import Fault
-from installation import Nursery, Site, until
+from installation import Nursery, Site
 
 JOBS: Final = """
 targets:

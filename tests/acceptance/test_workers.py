@@ -10,9 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from dispatcher import BatchState
-from installation import Site, until
+from installation import Site
 
 JOBS = """
 targets:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import pytest
 from typer.testing import CliRunner
+from waiting import until
 
 from dispatcher.backends.base import (
     UNMETERED,
@@ -137,14 +138,6 @@ def request(tasks: int = 1, key: str | None = None, **given: Any) -> LaunchReque
         **given,
     }
     return LaunchRequest(**made)
-
-
-def until(probe: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (value := probe()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
-    return value
 
 
 def ended(backend: CloudRunBackend, handle: Handle) -> Report:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 import pytest
 from pydantic import ValidationError
 from structlog.testing import capture_logs
+from waiting import until
 
 from dispatcher.backends import local_shim
 from dispatcher.backends.base import (
@@ -36,16 +37,6 @@ from dispatcher.backends.base import (
 from dispatcher.backends.local import LocalBackend, LocalOptions, LocalSettings
 from dispatcher.job import Job
 from dispatcher.states import Outcome
-
-PATIENCE = 20.0
-
-
-def until(probe: Callable[[], Any], what: str = "the condition") -> Any:
-    end = time.monotonic() + PATIENCE
-    while not (value := probe()):
-        assert time.monotonic() < end, f"not within {PATIENCE:g} s: {what}"
-        time.sleep(0.01)
-    return value
 
 
 class Place:

@@ -23,6 +23,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from buckets import FakeGcs, serve_gcs
+from waiting import until
 
 from dispatcher import container
 from dispatcher.container import (
@@ -83,14 +84,6 @@ def task(items: list[Any], **environ: str) -> Task:
 def receipt(uri: str) -> dict[str, Any] | None:
     data = container._read(uri, 1 << 20)
     return None if data is None else json.loads(data)
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 10
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return found
 
 
 class TestWhoItIs:

@@ -10,14 +10,14 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
 import psycopg
 import pytest
 from kombu.connection import Connection
+from waiting import until
 
 from dispatcher import servers
 from dispatcher.errors import ConfigurationError, Unreachable
@@ -44,13 +44,6 @@ def free_port() -> int:
 
 def connect(server: EmbeddedPostgres, database: str = "postgres") -> psycopg.Connection:
     return psycopg.connect(server.url(database).replace("+psycopg", "", 1), autocommit=True)
-
-
-def until(condition: Callable[[], bool], within: float = 10) -> None:
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.01)
 
 
 def is_alive(pid: int) -> bool:
