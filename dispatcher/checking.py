@@ -17,6 +17,7 @@ from dispatcher import queries, schema
 from dispatcher.backends.base import Backend, BackendError, Remark
 from dispatcher.backends.registry import make_backend
 from dispatcher.config import Config, Settings, Target, load_config, load_settings
+from dispatcher.counting import counted
 from dispatcher.enqueueing import scheduled
 from dispatcher.errors import (
     ConfigurationError,
@@ -106,8 +107,7 @@ def check_all(told: Told) -> Iterator[Finding]:
                 yield Finding("jobs", "fail", str(error), "mend the file and check again")
         rows = queries.targets(store) if database.level != "fail" else {}
         if config is not None:
-            jobs = f"{len(config.jobs)} job{'' if len(config.jobs) == 1 else 's'}"
-            targets = f"{len(config.targets)} target{'' if len(config.targets) == 1 else 's'}"
+            jobs, targets = counted(len(config.jobs), "job"), counted(len(config.targets), "target")
             text = f"{jobs} on {targets} in {config.source}"
             yield Finding("jobs", "ok", text)
             # Of one that cannot be used at all it was said above; jobs are looked at beside it.

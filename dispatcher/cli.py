@@ -525,7 +525,8 @@ def audit(
     With --json: JSON lines, an event a line: {id, at, actor, kind, batch, chunk, attempt,
     execution, old, new, reason, subject}. The subject of an enqueued batch has its job, target,
     params, labels and key; that of an execution its key and target, with what was asked of the
-    provider (image or command, env, options; secrets masked), or its handle and console_url.
+    provider (image or command, env, options; secrets masked; differs_by_task names what its tasks
+    were given other values of), or its handle and console_url.
     """
     return commands.audit(scope, batch, since=since, until=until)
 

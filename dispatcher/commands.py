@@ -25,6 +25,7 @@ from dispatcher.backends.registry import make_backend
 from dispatcher.cli import Scope
 from dispatcher.client import Batch, Dispatcher
 from dispatcher.config import Config, Settings, load_config, load_settings
+from dispatcher.counting import counted
 from dispatcher.enqueueing import BatchRequest
 from dispatcher.errors import (
     ConfigurationError,
@@ -427,7 +428,7 @@ def _dry_run(
 
 def _range(least: int, most: int, noun: str) -> str:
     if least == most:
-        return f"{most:,} {noun}{'' if most == 1 else 's'}"
+        return counted(most, noun)
     return f"{least:,} to {most:,} {noun}s"
 
 
@@ -821,7 +822,7 @@ def retry(scope: Scope, batch: str, *, failed: bool) -> int:
             return 0
         # A worker may have taken some of them already.
         due = sum(number for state, number in reopened.counts.items() if state not in FINAL_CHUNK)
-        what = f"{due:,} chunk{'' if due == 1 else 's'} due again"
+        what = f"{counted(due, 'chunk')} due again"
         if reopened.state is BatchState.PLANNING:
             what = "to be planned again"
         screen.line(f"{reopened.id} {reopened.state}: {what}")

@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 import sqlalchemy as sa
 
+from dispatcher.counting import counted
 from dispatcher.errors import IdempotencyConflict, InvalidInput, InvalidItems, NotAllowed
 from dispatcher.items import ItemsDigest, ItemStream, Page, is_uri, open_items, pages
 from dispatcher.job import Job
@@ -249,7 +250,7 @@ def _items_in_words(asked: str) -> str:
     count, digest, _ = asked.partition(" items, sha256 ")
     if not digest:
         return f"those in {asked}"
-    return f"{int(count):,} item{'' if count == '1' else 's'}"
+    return counted(int(count), "item")
 
 
 def _items_from(job: Job, items: object) -> tuple[str | None, ItemStream]:

@@ -17,6 +17,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from dispatcher import budget, queries
+from dispatcher.counting import counted
 from dispatcher.errors import InvalidInput
 from dispatcher.job import Job
 from dispatcher.moments import ago, ahead, clock, iso, since, span
@@ -194,14 +195,14 @@ def _of_batch(case: _Case) -> Iterator[Point]:
     if _trouble(case) is None or not case.standing.due:
         yield from _storage_to_mend(case)
     if case.standing.due:
-        who = f"{_chunks(case.standing.due)} could be launched now"
+        who = f"{counted(case.standing.due, 'chunk')} could be launched now"
         yield from _waiting(case, who, served=not hindrances)
     if case.standing.later and case.standing.next_due_chunk is not None:
         yield from _next_retry(case)
     if case.standing.held and case.standing.held_until is not None:
-        yield _held(case.standing.held_until, case.now, _chunks(case.standing.held))
+        yield _held(case.standing.held_until, case.now, counted(case.standing.held, "chunk"))
     if case.standing.awaiting_split:
-        yield _awaiting_split(_chunks(case.standing.awaiting_split))
+        yield _awaiting_split(counted(case.standing.awaiting_split, "chunk"))
     yield _deadline(case)
 
 
@@ -304,9 +305,10 @@ def _progress(case: _Case) -> Point:
     done = sum(case.count(s) for s in (ChunkState.SUCCEEDED, ChunkState.FAILED))
     done += case.count(ChunkState.CANCELLED)
     said = f" ({', '.join(final)})" if final else ""
+    are = "is" if 1 in (done, total) else "are"
     return Point(
         "progress",
-        f"{done} of {_chunks(total)} {'is' if 1 in (done, total) else 'are'} final{said}.",
+        f"{done:,} of {counted(total, 'chunk')} {are} final{said}.",
         {"chunks": total, "final": done, "counts": counts},
     )
 
@@ -329,7 +331,7 @@ def _cancelling(case: _Case, at: datetime, live: Mapping[str, Live]) -> Point:
         "unsent": unsent,
     }
     are = "is" if 1 in (ended, total) else "are"
-    text += f"; {ended} of {_executions(total)} {are} confirmed to have ended"
+    text += f"; {ended:,} of {counted(total, 'execution')} {are} confirmed to have ended"
     if unsent > 1:
         text += f", the cancels of {unsent:,} are still to be sent"
         rate = case.limit("writes_per_minute")
@@ -345,7 +347,7 @@ def _cancelling(case: _Case, at: datetime, live: Mapping[str, Live]) -> Point:
 
 def _cancel_step(one: Live, now: datetime) -> tuple[str, dict[str, Any]]:
     """Say what is done next to end an execution that is still live."""
-    calls = f"{one.cancel_calls} call{'' if one.cancel_calls == 1 else 's'} so far"
+    calls = f"{counted(one.cancel_calls, 'call')} so far"
     if one.state == "unknown":
         when = "at once" if one.next_look_at is None else ahead(one.next_look_at, now)
         step = "one whose launch is unclear is looked up by its key and never launched again, next"
@@ -376,8 +378,8 @@ def _moving(case: _Case, live: Mapping[str, Live]) -> Iterator[Point]:
         )
         yield Point(
             "running",
-            f"{_chunks(running.tasks)} run{'s' if running.tasks == 1 else ''} in "
-            f"{_executions(running.executions)}{oldest}.{turns}",
+            f"{counted(running.tasks, 'chunk')} run{'s' if running.tasks == 1 else ''} in "
+            f"{counted(running.executions, 'execution')}{oldest}.{turns}",
             {
                 "tasks": running.tasks,
                 "at_once": running.at_once,
@@ -389,7 +391,7 @@ def _moving(case: _Case, live: Mapping[str, Live]) -> Iterator[Point]:
     for what in ("starting", "calling", "throttled", "unknown", "absent", "unread", "cancelling"):
         one = live.get(what)
         if one is not None:
-            who = _executions(one.executions) if one.executions > 1 else "One execution"
+            who = counted(one.executions, "execution") if one.executions > 1 else "One execution"
             chunk = "" if one.chunk_index is None else f" (chunk {one.chunk_index})"
             yield _situation(case, one, f"{who}{chunk if one.executions == 1 else ''}")
     yield from _target_down(case)
@@ -403,7 +405,9 @@ def _next_retry(case: _Case) -> Iterator[Point]:
         return
     why, facts = _last_attempt(case, chunk)
     more = standing.later - 1
-    others = f"; {_chunks(more)} more wait{'s' if more == 1 else ''} for theirs" if more else ""
+    others = (
+        f"; {counted(more, 'chunk')} more wait{'s' if more == 1 else ''} for theirs" if more else ""
+    )
     yield Point(
         "retry_due",
         f"A retry of chunk {index} is due {ahead(due, now)}{why}{others}.",
@@ -468,7 +472,11 @@ def _final_chunk(case: _Case, chunk: Chunk) -> Point:
             facts,
         )
     what = f"Chunk {chunk.index} {_was(chunk.state)} {ago(finished, now)}"
-    what += f" after {_attempts(len(chunk.attempts))}" if chunk.attempts else " before any attempt"
+    what += (
+        f" after {counted(len(chunk.attempts), 'attempt')}"
+        if chunk.attempts
+        else " before any attempt"
+    )
     why = f": {_told(chunk.reason)}" if chunk.reason else ""
     return Point(
         str(chunk.state), f"{what}{why}.{_retry_advice(case)}{_lines_of(chunk.reason)}", facts
@@ -531,7 +539,7 @@ def _situation(case: _Case, one: Live, who: str) -> Point:
         facts |= {"next_call": one.next_call_at, "calls": one.calls, "reason": one.reason}
     elif one.what == "unknown":
         when = ahead(one.next_look_at or now, now)
-        looks = f"{one.looks} look{'' if one.looks == 1 else 's'} found nothing so far"
+        looks = f"{counted(one.looks, 'look')} found nothing so far"
         text = (
             f"It is not known whether the launch of {who[0].lower()}{who[1:]} started anything "
             f"(call of {ago(one.intent_at, now)}{reason}): it is looked up by its key on target "
@@ -847,7 +855,7 @@ def _ended(case: _Case) -> Iterator[Point]:
     took = span(finished - batch.created_at)
     facts: dict[str, Any] = {"finished_at": finished, "reason": batch.reason, "retry": None}
     if batch.state is BatchState.SUCCEEDED:
-        chunks = _chunks(batch.chunk_count or 0)
+        chunks = counted(batch.chunk_count or 0, "chunk")
         how = f"all {chunks} succeeded" if batch.chunk_count else "it had no items"
         if batch.chunk_count and batch.reason:
             how = batch.reason
@@ -858,7 +866,7 @@ def _ended(case: _Case) -> Iterator[Point]:
         actor = case.standing.cancel_actor or "somebody"
         facts["actor"] = actor
         done = case.count(ChunkState.SUCCEEDED)
-        so_far = f"; {_chunks(done)} had succeeded" if done else ""
+        so_far = f"; {counted(done, 'chunk')} had succeeded" if done else ""
         yield Point(
             "cancelled",
             f"It was cancelled by {actor}, and nothing of it runs {since(finished, now)} "
@@ -908,7 +916,9 @@ def _retry_advice(case: _Case) -> str:
         return " It can be retried when the batch has ended."
     again = case.count(ChunkState.FAILED, ChunkState.CANCELLED)
     if again:
-        return f" `{_retry_command(case)}` runs {_chunks(again)} again, with fresh budgets."
+        return (
+            f" `{_retry_command(case)}` runs {counted(again, 'chunk')} again, with fresh budgets."
+        )
     if batch.planned_at is None:
         return f" `{_retry_command(case)}` plans it again."
     return ""
@@ -941,18 +951,6 @@ def _said_once(points: Iterable[Point]) -> Iterator[Point]:
 
 def _was(state: ChunkState) -> str:
     return "was cancelled" if state is ChunkState.CANCELLED else "failed"
-
-
-def _chunks(count: int) -> str:
-    return f"{count:,} chunk{'' if count == 1 else 's'}"
-
-
-def _executions(count: int) -> str:
-    return f"{count:,} execution{'' if count == 1 else 's'}"
-
-
-def _attempts(count: int) -> str:
-    return f"{count} attempt{'' if count == 1 else 's'}"
 
 
 def _listed(parts: Iterable[str]) -> str:

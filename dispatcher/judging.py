@@ -11,6 +11,7 @@ from math import ceil
 from typing import Final, NamedTuple
 
 from dispatcher.backends.base import TaskReport
+from dispatcher.counting import counted
 from dispatcher.states import BatchState, CancelKind, Outcome
 
 __all__ = ["ASKED", "CLOCKS_APART", "Policy", "Standing", "beyond", "judge", "verdict"]
@@ -107,10 +108,7 @@ def _broken(row: Standing) -> str | None:
         # A count, so that 0.95 of 100 is 95 whatever floating point makes of it.
         needed = ceil(policy.min_ratio * row.items - 1e-9)
         if row.items - row.items_failed < needed:
-            return (
-                f"{row.items_failed} of {row.items} items failed, and {needed} must succeed "
-                f"(min_ratio {policy.min_ratio:g})"
-            )
+            return f"{_items_of(row)}, and {needed:,} must succeed (min_ratio {policy.min_ratio:g})"
         return None
     if policy.max_failed_items is not None:
         if row.items_failed > policy.max_failed_items:
@@ -129,9 +127,9 @@ def _bad_of(row: Standing) -> str:
 
 
 def _items_of(row: Standing) -> str:
-    return f"{row.items_failed} of {row.items} items failed"
+    return f"{row.items_failed:,} of {counted(row.items, 'item')} failed"
 
 
 def _chunks_of(row: Standing) -> str:
     bad = row.failed + row.cancelled
-    return f"{bad} of {row.succeeded + bad} chunks failed"
+    return f"{bad:,} of {counted(row.succeeded + bad, 'chunk')} failed"

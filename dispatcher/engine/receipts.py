@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Final, NamedTuple, TypeAlias
 import structlog
 
 from dispatcher.backends.base import KeepsResults
+from dispatcher.boottime import boottime
 from dispatcher.documents import result_prefix
 from dispatcher.engine.place import Ending, Place
 from dispatcher.engine.plans import PlanCache
@@ -197,7 +197,7 @@ class ReceiptReader:
             plans = self._plans.of(tx, {task.batch_id for task in tasks}, place)
         looked: dict[TaskPlace, tuple[int, int] | None] = {}
         calls: list[tuple[TaskPlace, Future[tuple[int, int] | None]]] = []
-        until = time.monotonic() + PROGRESS_SECONDS
+        until = boottime() + PROGRESS_SECONDS
         for task in tasks:
             one = Wanted(task, _own_result(place, task, {}), place.storage)
             if task.batch_id in plans and plans[task.batch_id].job.receipt != "ignored":
@@ -207,7 +207,7 @@ class ReceiptReader:
                 looked[one.place] = None
         for where, call in calls:
             try:
-                looked[where] = call.result(max(0.0, until - time.monotonic()))
+                looked[where] = call.result(max(0.0, until - boottime()))
             except CancelledError:
                 continue  # the engine is closed
             except TimeoutError:

@@ -168,7 +168,7 @@ def test_ten_thousand_items_of_which_seven_kill_their_container_end_with_the_sev
         took = time.monotonic() - began
         assert (batch.state, batch.reason) == (
             "succeeded",
-            "7 of 10000 items failed, allowed",
+            "7 of 10,000 items failed, allowed",
         ), site.logs()
         items = list(dispatcher.items(batch.id))
         failed = [one.item for one in dispatcher.items(batch.id, failed=True)]

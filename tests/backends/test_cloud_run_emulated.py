@@ -984,7 +984,7 @@ def test_a_definition_that_cloud_run_refuses_is_rejected(cloud: Cloud) -> None:
     own = CloudRunOptions.model_validate({"job": "new", "definition": {"image": "i"}})
     job = Job(name="new", target="cloud")
     cloud.emulator.world.permissions = frozenset({"run.jobs.get"})
-    with pytest.raises(Rejected, match="403"):
+    with pytest.raises(Rejected, match=r"403 .*account that applies roles/run\.developer"):
         cloud.backend().apply(job, own)
     cloud.emulator.world.permissions = frozenset()
     with pytest.raises(Rejected, match="403"):

@@ -641,7 +641,7 @@ def test_a_batch_that_can_no_longer_succeed_is_being_ended(make_bench: MakeBench
     bench.turn(2)
     bench.follow()
     assert "the batch can no longer succeed" in text(told(bench, batch, 1), "cancelling")
-    assert "1 of 1 chunks failed" in text(told(bench, batch), "cancelling")
+    assert "1 of 1 chunk failed" in text(told(bench, batch), "cancelling")
 
 
 def test_a_cancelled_launch_that_is_unclear_is_only_looked_for(bench: Bench) -> None:

@@ -858,7 +858,7 @@ def test_ten_thousand_items_with_seven_poisoned_end_with_seven_named(make: Make)
     containers.poison(bad, progress=True)
     batch = bench.finish(bench.enqueue(range(10_000)), step=10, turns=500)
     assert batch.state == "succeeded"
-    assert batch.reason == "7 of 10000 items failed, allowed"
+    assert batch.reason == "7 of 10,000 items failed, allowed"
     assert failed_items(bench, batch) == sorted(bad)
     extra = len(containers.given) - 100
     assert extra <= 7 * (6.64 + 2)

@@ -69,6 +69,10 @@ MAKES_JOBS: Final = (
     "and iam.serviceAccounts.actAs on the job's account; or set the job's parallelism to 0 and "
     "limit it by `limits.running`, and leave options.mode out"
 )
+DEFINES_JOBS: Final = (
+    "give the account that applies roles/run.developer on the project, and "
+    "roles/iam.serviceAccountUser on the service account that the job runs as"
+)
 
 
 class CloudRunBackend:
@@ -439,7 +443,9 @@ class CloudRunBackend:
                     run_v2.UpdateJobRequest(job=wanted), retry=None, timeout=self._timeout()
                 )
         except CLIENT_ERRORS as error:
-            raise at_launch(error, f"cannot write the definition of {name}") from error
+            raise at_launch(
+                error, f"cannot write the definition of {name}", DEFINES_JOBS
+            ) from error
         self._forget(own.job)
         return name
 

@@ -17,6 +17,7 @@ from google.cloud import run_v2
 
 from dispatcher.backends.base import BackendLimits, LaunchRequest, Rejected
 from dispatcher.backends.cloud_run.options import LONGEST_TIMEOUT, CloudRunOptions, reserved
+from dispatcher.counting import counted
 from dispatcher.documents import document, needs_document
 from dispatcher.durations import format_duration
 
@@ -173,7 +174,7 @@ def check_live(
 def _too_few(options: CloudRunOptions, live: Any, tasks: int) -> str:
     return (
         f"the Cloud Run job {options.job} has parallelism {live.template.parallelism} and this "
-        f"execution has {tasks} task{'' if tasks == 1 else 's'}: Cloud Run refuses fewer tasks "
+        f"execution has {counted(tasks, 'task')}: Cloud Run refuses fewer tasks "
         "than that"
     )
 
