@@ -72,7 +72,7 @@ class Site:
     def worker(self, **environment: str) -> subprocess.Popen[bytes]:
         """Start a worker and wait for its heartbeat."""
         process = self.start("worker", **environment)
-        until(lambda: self.alive(process), "the worker's first heartbeat")
+        until(lambda: self.alive(process), "the worker's first heartbeat", seconds=120)
         return process
 
     def alive(self, process: subprocess.Popen[bytes]) -> bool:
@@ -113,20 +113,25 @@ import dispatcher.backends.cloud_run, dispatcher.backends.local
 import workers.app, workers.clock, workers.tasks
 from celery.__main__ import main
 workers.app.app.finalize()
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+born = []
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         log = os.open(line.strip(), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         main()
+    born.append(pid)
     print(pid, flush=True)
+for pid in born:
+    os.waitpid(pid, 0)
 """
-"""Forks workers that have everything imported: or most of the time would go into that."""
+"""Forks workers that have everything imported: or most of the time would go into that.
+
+The dead are kept until the end, so that no number is another process's when it is killed.
+"""
 
 
 class Nursery:
@@ -167,5 +172,8 @@ class Nursery:
     def close(self) -> None:
         for pid in list(self._pids):
             self.kill(pid)
-        self._process.kill()
-        self._process.communicate()
+        try:
+            self._process.communicate(timeout=60)  # it buries them
+        finally:
+            self._process.kill()
+            self._process.wait()

@@ -18,9 +18,12 @@ def until(probe: Callable[[], _T], what: str = "the condition", seconds: float =
     """
     end = time.monotonic() + seconds
     pause = 0.005
-    while not (found := probe()):
-        if time.monotonic() > end:
+    while True:
+        # Before the look: there is one more after the time, also where this process stood still.
+        is_late = time.monotonic() > end
+        if found := probe():
+            return found
+        if is_late:
             pytest.fail(f"not within {seconds:g} s: {what}")
         time.sleep(pause)
         pause = min(0.05, pause * 1.3)
-    return found

@@ -21,7 +21,7 @@ import termios
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ from dispatcher.engine import Engine
 from dispatcher.states import ChunkState, Outcome
 from dispatcher.store import Store
 from dispatcher.testing import Ending, Fault, NullWorld
+
+pytestmark = pytest.mark.timeout(300)
+
+LONG = 90.0
+"""Seconds in which a command has ended, however busy the machine is."""
 
 JOBS = """
 targets:
@@ -156,6 +161,8 @@ class Desk:
             self._engine = Engine(
                 store,
                 load_config(str(self.jobs)),
+                # By its clock: a launch is called however long this process stood still before.
+                call_window=timedelta(hours=1),
                 roll=lambda: 0.0,
                 monotonic=lambda: 10.0 * boottime(),
             )
@@ -213,6 +220,14 @@ class Desk:
     def close(self) -> None:
         for close in self._closing:
             close()
+
+
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    """A port on which nobody listens, or can listen while the test lasts."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 @pytest.fixture
@@ -286,7 +301,7 @@ def test_help_answers_without_importing_what_the_commands_need(desk: Desk) -> No
 
 def test_the_module_runs_as_the_command_does(desk: Desk) -> None:
     ran = desk.spawn("--help", stdout=subprocess.PIPE)
-    out, _ = ran.communicate(timeout=30)
+    out, _ = ran.communicate(timeout=LONG)
     assert ran.returncode == 0
     assert out.startswith(b"Usage: dispatcher [OPTIONS] COMMAND")
 
@@ -299,7 +314,7 @@ def test_output_that_cannot_be_written_is_told_in_a_line(
     desk.enqueue("work", "--item", "a")
     with Path("/dev/full").open("wb") as full:
         ran = desk.spawn(*words, stdout=full, stderr=subprocess.PIPE)
-        _, err = ran.communicate(timeout=30)
+        _, err = ran.communicate(timeout=LONG)
     said = b"error: the output cannot be written: No space left on device\n"
     assert (ran.returncode, err) == (1, said)
 
@@ -310,7 +325,7 @@ def test_an_interrupt_while_the_command_is_imported_ends_it_without_a_traceback(
         [str(desk.folder), os.environ.get("PYTHONPATH", "")]
     )
     ran = desk.spawn("batches", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert ran.communicate(timeout=30) == (b"", b"")
+    assert ran.communicate(timeout=LONG) == (b"", b"")
     assert ran.returncode == 130
 
 
@@ -349,7 +364,7 @@ def test_the_hints_of_a_command_come_after_its_output_where_both_go_to_one_file(
     ran = desk.spawn(
         *("enqueue", "work", "--item", "a"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    out, _ = ran.communicate(timeout=30)
+    out, _ = ran.communicate(timeout=LONG)
     said = [line for line in out.decode().splitlines() if "broker" not in line]
     assert said[1] == f"enqueued work; `dispatcher watch {said[0]}` follows it"
 
@@ -582,7 +597,7 @@ def watched(desk: Desk, *words: str) -> list[str]:
     assert process.stdout is not None
     first = process.stdout.readline()
     with working(desk):
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=LONG)
     assert process.returncode == 0
     return (first + out).decode().splitlines()
 
@@ -605,7 +620,7 @@ def test_watch_says_what_failed_and_when_it_is_tried_again(desk: Desk) -> None:
     assert process.stdout is not None
     line = process.stdout.readline().decode()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=LONG)
     assert "running  0/1 chunks: 1 pending; retry of chunk 0 at " in line
     assert line.endswith(
         "Z: failed with exit code 3; retry in 1h, 1 of 2 attempts used: no such table\n"
@@ -618,7 +633,7 @@ def test_interrupting_watch_says_that_the_batch_goes_on(desk: Desk) -> None:
     assert process.stdout is not None
     assert process.stdout.readline().endswith(b"not planned yet\n")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 130
     assert err.decode() == (
         f"batch {batch_id} goes on; `dispatcher watch {batch_id}` follows it, "
@@ -637,7 +652,7 @@ def test_interrupting_a_cancel_says_that_it_stands(desk: Desk) -> None:
     assert process.stdout is not None
     assert b"1 running" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 130
     assert err.decode() == f"the cancel of batch {batch_id} stands and goes on\n"
 
@@ -766,7 +781,9 @@ def test_show_says_so_where_nothing_failed(desk: Desk) -> None:
 
 def test_a_chunk_that_waits_for_its_retry_counts_as_troubled(desk: Desk) -> None:
     desk.jobs.write_text(
-        JOBS.replace("SPOOL", "spool").replace("{attempts: 1}", "{attempts: 2, jitter: false}", 1)
+        JOBS.replace("SPOOL", "spool").replace(
+            "{attempts: 1}", "{attempts: 2, initial: 99s, max: 99s, jitter: false}", 1
+        )
     )
     desk.world.script = lambda *_: Ending(Outcome.FAILED)
     batch_id = desk.enqueue("work", "--item", "a")
@@ -781,7 +798,7 @@ def test_a_chunk_that_waits_for_its_retry_counts_as_troubled(desk: Desk) -> None
     assert chunk["state"] == "pending"
     due = re.search(r"A retry of chunk 0 is due in (\d+) s ", desk.ok("explain", batch_id).out)
     assert due is not None
-    assert 0 < int(due[1]) <= 30
+    assert 0 < int(due[1]) <= 99
 
 
 def test_what_a_container_wrote_cannot_move_the_cursor(desk: Desk) -> None:
@@ -981,7 +998,8 @@ def test_check_says_what_is_wrong_and_what_to_do(desk: Desk) -> None:
 def test_check_is_content_with_an_installation_that_works(desk: Desk, valkey: str) -> None:
     desk.jobs.write_text(desk.jobs.read_text().split("  missing:")[0])
     desk.lead()
-    told = desk.ok("check", "--json", DISPATCHER_BROKER_URL=valkey).json
+    # The worker counts as heard of for as long as its lease would last.
+    told = desk.ok("check", "--json", DISPATCHER_BROKER_URL=valkey, DISPATCHER_LEASE="59s").json
     assert told["ok"]
     assert {check["level"] for check in told["checks"]} == {"ok"}
     assert [check["name"] for check in told["checks"]] == [
@@ -1045,12 +1063,14 @@ def test_a_worker_that_fell_silent_is_the_reason_that_nobody_serves_its_targets(
 
 SCHEDULE = """
 schedules:
-  nightly: {cron: "0 2 * * *", job: work, items: nightly.txt}
+  nightly: {cron: "0 HOUR * * *", job: work, items: nightly.txt}
 """
 
 
 def test_check_tells_of_a_schedule_that_cannot_be_fired_and_of_its_last_time(desk: Desk) -> None:
-    desk.jobs.write_text(desk.jobs.read_text().split("  missing:")[0] + SCHEDULE)
+    # Half a day from now: it is not due while this test runs.
+    schedule = SCHEDULE.replace("HOUR", str((datetime.now(UTC).hour + 12) % 24))
+    desk.jobs.write_text(desk.jobs.read_text().split("  missing:")[0] + schedule)
     desk.lead()
 
     def said() -> str:
@@ -1096,8 +1116,8 @@ def test_check_of_wrong_settings_and_of_a_wrong_file(desk: Desk) -> None:
     assert "warn  jobs      DISPATCHER_JOBS is not set" in desk.run("check", DISPATCHER_JOBS="").out
 
 
-def test_check_of_servers_that_do_not_answer_exits_with_4(desk: Desk) -> None:
-    port = free_port()
+def test_check_of_servers_that_do_not_answer_exits_with_4(desk: Desk, dead_port: int) -> None:
+    port = dead_port
     ran = desk.run(
         "check",
         DISPATCHER_DATABASE_URL=f"postgresql://u:secret@127.0.0.1:{port}/x",
@@ -1111,7 +1131,9 @@ def test_check_of_servers_that_do_not_answer_exits_with_4(desk: Desk) -> None:
     assert desk.run("check", DISPATCHER_BROKER_URL=f"redis://127.0.0.1:{port}/0").code == 4
 
 
-def test_the_health_check_of_a_container_looks_for_a_worker_of_this_host(desk: Desk) -> None:
+def test_the_health_check_of_a_container_looks_for_a_worker_of_this_host(
+    desk: Desk, dead_port: int
+) -> None:
     ran = desk.run("check", "--worker")
     assert ran.code == 1
     assert f"no worker on host {socket.gethostname()} has been alive for 60 s" in ran.out
@@ -1121,7 +1143,7 @@ def test_the_health_check_of_a_container_looks_for_a_worker_of_this_host(desk: D
     desk.lead()
     assert desk.ok("check", "--worker").out == "ok    worker    worker-1 is alive\n"
     assert desk.run("check", "--worker", DISPATCHER_LEASE="soon").code == 1
-    nowhere = f"postgresql://127.0.0.1:{free_port()}/x"
+    nowhere = f"postgresql://127.0.0.1:{dead_port}/x"
     assert desk.run("check", "--worker", "--database-url", nowhere).code == 4
 
 
@@ -1299,9 +1321,8 @@ def test_a_command_that_is_not_there_or_not_executable(desk: Desk) -> None:
     assert "not executable" in desk.ok("show", batch_id, "--json").json["chunks"][0]["reason"]
 
 
-def test_a_database_that_is_down(desk: Desk) -> None:
-    port = free_port()
-    url = f"postgresql://ann:secret@127.0.0.1:{port}/shop"
+def test_a_database_that_is_down(desk: Desk, dead_port: int) -> None:
+    url = f"postgresql://ann:secret@127.0.0.1:{dead_port}/shop"
     for words in (
         ("enqueue", "work", "--item", "a"),
         ("batches",),
@@ -1312,15 +1333,15 @@ def test_a_database_that_is_down(desk: Desk) -> None:
         said = desk.refused(*words, "--database-url", url, code=4)
         assert said.startswith(
             "error: cannot reach the database at "
-            f"postgresql+psycopg://ann:***@127.0.0.1:{port}/shop"
+            f"postgresql+psycopg://ann:***@127.0.0.1:{dead_port}/shop"
             ": "
         )
         assert said.endswith("Is Postgres running, and is DISPATCHER_DATABASE_URL right?")
         assert "secret" not in said
 
 
-def test_a_broker_that_is_down_is_in_nobodys_way(desk: Desk) -> None:
-    broker = f"redis://127.0.0.1:{free_port()}/0"
+def test_a_broker_that_is_down_is_in_nobodys_way(desk: Desk, dead_port: int) -> None:
+    broker = f"redis://127.0.0.1:{dead_port}/0"
     ran = desk.ok("enqueue", "work", "--item", "a", DISPATCHER_BROKER_URL=broker)
     desk.finish(ran.out.strip())
     assert desk.ok("show", ran.out.strip(), "--json").json["state"] == "succeeded"
@@ -1450,7 +1471,7 @@ def test_no_traceback_reaches_a_user_unless_it_is_asked_for(
 
 def test_debug_shows_where_an_error_came_from(desk: Desk) -> None:
     process = desk.spawn("show", "zzz", "--debug", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    said, errors = (stream.decode() for stream in process.communicate(timeout=60))
+    said, errors = (stream.decode() for stream in process.communicate(timeout=LONG))
     assert (process.returncode, said) == (2, "")
     assert errors.startswith("Traceback (most recent call last):")
     assert errors.endswith('error: no batch "zzz"; `dispatcher batches` lists them\n')
@@ -1466,7 +1487,7 @@ def test_a_reader_that_goes_away_is_no_error(desk: Desk) -> None:
     process.stdout.close()
     assert process.stderr is not None
     assert process.stderr.read() == b""
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=LONG) == 0
     process.stderr.close()
 
 
@@ -1500,7 +1521,7 @@ def on_a_terminal(
     except OSError:  # Linux says so that the other end is closed
         pass
     os.close(ours)
-    return process.wait(timeout=30), shown.decode().replace("\r\n", "\n")
+    return process.wait(timeout=LONG), shown.decode().replace("\r\n", "\n")
 
 
 def test_a_terminal_gets_colour_and_a_bar_and_no_id_is_cut(desk: Desk) -> None:
@@ -1533,7 +1554,7 @@ def test_a_downgrade_on_a_terminal_is_confirmed_by_typing(desk: Desk) -> None:
         )
         os.close(theirs)
         os.write(ours, typed)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=LONG)
         os.close(ours)
         assert process.returncode == code
         assert b"What the newer tables and columns hold is lost. [y/N] " in err
@@ -1563,10 +1584,3 @@ def test_the_operator_at_half_past_seven(desk: Desk) -> None:
     with working(desk):
         assert desk.ok("watch", batch_id).code == 0
     assert "  ann@desk  batch " in desk.ok("audit", batch_id).out
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,12 @@ from dispatcher import ChunkState, Dispatcher, load_config
 from dispatcher.standalone import Ports, Standalone
 from examples.export import demo, make_shop, shop, tables
 
+pytestmark = pytest.mark.timeout(400)
+
 ROOT = Path(__file__).parents[2]
 ROWS = 3000
+LONG = 120.0
+"""Seconds in which a whole installation starts or stops, however busy the machine is."""
 
 
 # --- the shop and its export ---
@@ -266,6 +271,11 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         " 'until [ -e \"$FILE\" ]; do sleep 0.1; done']}}\n"
     )
     yield path
+    # What a test that failed has left, and shims that are through but for their last line.
+    for pid in children_of(path):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    nothing_runs(path)
     shutil.rmtree(path)
 
 
@@ -286,13 +296,15 @@ def told(home: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
     path = home / ".dispatcher" / "standalone.json"
 
     def read() -> dict[str, Any]:
+        assert process.poll() is None, process.communicate()
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            return {}
         # One that was killed leaves its file until the next one starts.
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return found if found.get("pid") == process.pid else {}
 
-    until(lambda: bool(read()) or process.poll() is not None, seconds=90)
-    assert process.poll() is None, process.communicate()
-    return read()
+    return until(read, "the standalone to be ready", LONG)
 
 
 def children_of(home: Path) -> dict[int, str]:
@@ -307,17 +319,37 @@ def children_of(home: Path) -> dict[int, str]:
             continue
         if str(home) in variables or str(home) in " ".join(words) or home in (cwd, *cwd.parents):
             found[int(entry.name)] = " ".join(words)
+    found.pop(os.getpid(), None)
     return found
 
 
-def pid_of(home: Path, words: str) -> int | None:
-    return next((pid for pid, line in children_of(home).items() if words in line), None)
+def pids_of(home: Path, pattern: str) -> set[int]:
+    """The processes whose command line has a match."""
+    return {pid for pid, line in children_of(home).items() if re.search(pattern, line)}
+
+
+def nothing_runs(home: Path) -> None:
+    """Wait for what was told to end: its end is not its parent's."""
+    until(lambda: not children_of(home), "all that runs here to end", LONG)
+
+
+def address(url: str) -> str:
+    """The URL of a database as psycopg takes it."""
+    return url.replace("+psycopg", "", 1)
+
+
+def answers(url: str) -> bool:
+    try:
+        psycopg.connect(address(url), connect_timeout=5).close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 def run_hello(addresses: dict[str, Any]) -> str:
     options = {name: addresses[name] for name in ("database_url", "broker_url", "jobs")}
     with Dispatcher(**options) as dispatcher:
-        return str(dispatcher.enqueue("hello", ["a", "b", "c"]).wait(timeout=40).state)
+        return str(dispatcher.enqueue("hello", ["a", "b", "c"]).wait(timeout=LONG).state)
 
 
 def begin_waiting(addresses: dict[str, Any], until_there: Path) -> None:
@@ -325,7 +357,7 @@ def begin_waiting(addresses: dict[str, Any], until_there: Path) -> None:
     options = {name: addresses[name] for name in ("database_url", "broker_url", "jobs")}
     with Dispatcher(**options) as dispatcher:
         batch = dispatcher.enqueue("wait", [str(until_there)])
-        until(lambda: batch.refresh().counts.get(ChunkState.RUNNING) == 1)
+        until(lambda: batch.refresh().counts.get(ChunkState.RUNNING) == 1, "it to run", LONG)
 
 
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="the test reads /proc")
@@ -339,25 +371,30 @@ def test_a_standalone_runs_work_restarts_what_dies_and_leaves_nothing(home: Path
         addresses = told(home, process)
         assert addresses["pid"] == process.pid
         assert addresses["flower_url"] is None
-        with psycopg.connect(addresses["databases"]["shop"].replace("+psycopg", "", 1)) as database:
+        with psycopg.connect(address(addresses["databases"]["shop"])) as database:
             assert database.info.dbname == "shop"
         assert run_hello(addresses) == "succeeded"
 
         second = start(home, "--no-flower")
-        _, refusal = second.communicate(timeout=30)
+        _, refusal = second.communicate(timeout=LONG)
         assert second.returncode == 2
         assert f"is in use by the standalone process {process.pid}" in refusal
 
-        for name in ("workers.app worker", "bin/postgres -D", "valkey-server"):
-            old = pid_of(home, name)
-            assert old is not None
-            os.kill(old, signal.SIGKILL)
-            until(lambda old=old, name=name: pid_of(home, name) not in (None, old))  # type: ignore[misc] # defaults bind now
+        for name in ("workers.app worker (?!.*worker2@)", "bin/postgres -D", "valkey-server"):
+            before = pids_of(home, name)
+            killed = min(before)
+            os.kill(killed, signal.SIGKILL)
+
+            def another(name: str = name, others: set[int] = before - {killed}) -> bool:
+                return bool(pids_of(home, name) - others - {killed})  # noqa: B023 - ends here
+
+            until(another, f"another {name}", LONG)
+        until(lambda: answers(addresses["database_url"]), "Postgres to answer again", LONG)
         assert run_hello(addresses) == "succeeded"
         begin_waiting(addresses, until_there=home / "go")
     finally:
         process.terminate()
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=LONG)
         (home / "go").touch()
     assert (process.returncode, errors) == (0, "")
     for title in ("worker", "Postgres", "Valkey"):
@@ -367,8 +404,7 @@ def test_a_standalone_runs_work_restarts_what_dies_and_leaves_nothing(home: Path
         "stopping\n1 chunk still runs and goes on without the servers; the next start follows it "
         "to the end\nstopped\n"
     )
-    until(lambda: children_of(home) == {})
-    assert children_of(home) == {}
+    nothing_runs(home)
     assert not (home / ".dispatcher" / "standalone.json").exists()
 
 
@@ -381,36 +417,37 @@ def test_all_that_a_standalone_started_dies_with_it_and_the_next_one_goes_on(
     process = start(home)
     addresses = told(home, process)
     assert addresses["storage_url"] == f"file://{home}/storage"
-    flower = HTTPConnection(urlsplit(addresses["flower_url"]).netloc, timeout=5)
+    flower = HTTPConnection(urlsplit(addresses["flower_url"]).netloc, timeout=LONG)
     flower.request("GET", "/healthcheck")
     assert flower.getresponse().read() == b"OK"
     flower.close()
     process.kill()
     process.communicate()
-    until(lambda: children_of(home) == {})
+    nothing_runs(home)
     process = start(home, "--no-flower")
     try:
         assert run_hello(told(home, process)) == "succeeded"
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=LONG)
 
 
 @only_linux
 def test_a_standalone_that_is_stopped_while_it_starts_leaves_nothing(home: Path) -> None:
-    process = start(home, "--no-flower")
-    until(lambda: pid_of(home, "bin/postgres -D") is not None)
+    # What it prepares takes longer than any test: it is never ready, however late the signal comes.
+    process = start(home, "--no-flower", "--prepare", "sleep 600")
+    until(lambda: pids_of(home, "bin/postgres -D"), "Postgres to be started", LONG)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=LONG)
     assert process.returncode == 0
     assert output == "stopped before it was ready\n"
-    until(lambda: children_of(home) == {})
+    nothing_runs(home)
 
 
 def test_a_wrong_jobs_file_is_refused_before_anything_is_started(home: Path) -> None:
     (home / "jobs.yaml").write_text("jobs: {hello: {target: nowhere, command: [echo]}}\n")
     process = start(home, "--no-flower")
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=LONG)
     assert (process.returncode, output) == (2, "")
     assert "nowhere" in errors
     assert "Traceback" not in errors
@@ -436,13 +473,13 @@ def test_make_up_starts_servers_and_a_preparation_that_fails_stops_the_start(hom
     options[options.index("--jobs") + 1] = "jobs.yaml"
     options[options.index("--prepare") + 1] = "sh -c 'echo $SHOP_DATABASE_URL; exit 3'"
     process = start(home, *options)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=LONG)
     assert process.returncode == 2
     said = [line for line in output.splitlines() if " is taken: using " not in line]  # of a port
     assert len(said) == 1
     assert re.fullmatch(r"postgresql\+psycopg://dispatcher@/shop\?\S+", said[0])
     assert errors == "error: sh -c 'echo $SHOP_DATABASE_URL; exit 3' ended with 3: nothing runs\n"
-    assert children_of(home) == {}
+    nothing_runs(home)
 
 
 def test_a_worker_that_cannot_start_is_reported_with_its_last_words(
@@ -450,9 +487,9 @@ def test_a_worker_that_cannot_start_is_reported_with_its_last_words(
 ) -> None:
     monkeypatch.setenv("DISPATCHER_LOG_LEVEL", "LOUD")
     process = start(home, "--no-flower")
-    _, errors = process.communicate(timeout=90)
+    _, errors = process.communicate(timeout=LONG)
     assert process.returncode == 4
     assert "ended at once" in errors
     assert "DISPATCHER_LOG_LEVEL" in errors
     assert "Traceback" not in errors
-    assert children_of(home) == {}
+    nothing_runs(home)

@@ -56,7 +56,7 @@ def lose_everything(valkey: EmbeddedValkey) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_kills_of_workers_broker_and_database_lose_nothing_and_double_nothing(
     tmp_path: Path, servers: tuple[EmbeddedPostgres, EmbeddedValkey]
 ) -> None:
@@ -95,7 +95,7 @@ def test_kills_of_workers_broker_and_database_lose_nothing_and_double_nothing(
                 postgres.stop()
                 postgres.start()
         with site.dispatcher() as dispatcher:
-            batch = dispatcher.wait(batch_id, 120)
+            batch = dispatcher.wait(batch_id, 400)
             chunks = list(dispatcher.chunks(batch_id))
     except BaseException:
         print(site.logs())  # noqa: T201 - shown by pytest where it failed

@@ -12,6 +12,8 @@ from dispatcher import BatchState, schema
 from dispatcher.servers import EmbeddedPostgres
 from installation import Site
 
+pytestmark = pytest.mark.timeout(300)
+
 JOBS = """
 targets:
   here: {backend: local, spool: SPOOL, max_running: 4}
@@ -53,11 +55,11 @@ def test_a_batch_runs_on_an_older_postgres(
     try:
         site.worker()
         with site.dispatcher() as dispatcher:
-            done = dispatcher.enqueue("note", range(6), key="once").wait(60)
+            done = dispatcher.enqueue("note", range(6), key="once").wait(120)
             assert dispatcher.enqueue("note", range(6), key="once").id == done.id
             assert done.state is BatchState.SUCCEEDED
             again = dispatcher.retry(done.id, failed_only=False)
-            assert again.cancel().wait(60).finished
+            assert again.cancel().wait(120).finished
             assert [len(chunk.attempts) for chunk in dispatcher.chunks(done.id)][3] >= 2
     finally:
         site.stop()
