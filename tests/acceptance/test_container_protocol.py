@@ -25,6 +25,8 @@ from waiting import until
 from dispatcher import container
 from dispatcher.receipts import Expected, read_receipt
 
+pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "container"
 HELPER = Path(container.__file__)
@@ -68,6 +70,7 @@ class Container:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         self.started.append(process)
         return process
@@ -131,7 +134,8 @@ def box(tmp_path: Path) -> Iterator[Container]:
     made = Container(tmp_path)
     yield made
     for process in made.started:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 

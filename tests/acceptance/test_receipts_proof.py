@@ -33,6 +33,8 @@ from dispatcher.errors import InvalidInput
 from dispatcher.storage import Storage
 from installation import ROOT, Site
 
+pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
+
 Spoil: TypeAlias = Callable[[dict[str, Any]], bytes]
 """Makes something else of a receipt."""
 
@@ -164,7 +166,6 @@ def cloud(site: Site) -> Iterator[Storage]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(330)
 @pytest.mark.parametrize("place", [local, cloud])
 def test_ten_thousand_items_of_which_seven_kill_their_container_end_with_the_seven_named(
     site: Site, place: Any
