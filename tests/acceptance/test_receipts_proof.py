@@ -526,7 +526,7 @@ def test_required_receipts_are_refused_where_the_workers_have_no_storage_for_the
         site.worker()
         assert ended(early).state == "failed"
         until(
-            lambda: site.sql("SELECT FROM dispatcher.target WHERE limits ->> 'results' = 'false'"),
+            lambda: site.sql("SELECT 1 FROM dispatcher.target WHERE limits->>'results' = 'false'"),
             "the worker to tell what it has",
         )
         assert "requires receipts" in str(early.refresh().reason)
