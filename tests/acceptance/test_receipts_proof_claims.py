@@ -54,7 +54,7 @@ targets:
     launches_per_minute: 60000
     reads_per_minute: 60000
     writes_per_minute: 60000
-    call_timeout: 3s
+    call_timeout: 2s
     find_grace: 1s
     poll_interval: 0.5s
     tasks_interval: 0.5s
@@ -146,7 +146,7 @@ def test_where_launches_are_doubled_each_items_effect_comes_once(site: Site) -> 
         site.write_jobs(JOBS.replace("ENDPOINT", cloud.grpc_address))
         site.environment["DISPATCHER_STORAGE_URL"] = (site.folder / "storage").as_uri()
         hurry(site)
-        misbehave(cloud, list_lag=10.0)  # longer than a launch is looked for before it is repeated
+        misbehave(cloud, list_lag=9.0)  # longer than a launch is looked for before it is repeated
         cloud.faults.add(slow_start(2.0, share=0.3), slow_cancel(2.0))
         singles = [f"single-{n}" for n in range(LAUNCHES - PACKS)]
         packed = [f"packed-{n}" for n in range(PACKS * 5 * 2)]
