@@ -76,7 +76,7 @@ def hurry(site: Site) -> None:
         "DISPATCHER_HEARTBEAT": "0.5s",
         "DISPATCHER_CALL_WINDOW": "2s",
         "DISPATCHER_SWEEP_INTERVAL": "1s",
-        "DISPATCHER_LAUNCH_CONCURRENCY": "40",
+        "DISPATCHER_LAUNCH_CONCURRENCY": "100",
     }
 
 
