@@ -12,22 +12,23 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+import requests
+from serving import Prompt, Server
 
 UPLOADS = "/upload/storage/v1/b/"
 OBJECTS = "/storage/v1/b/"
 
 
-class FakeGcs(ThreadingHTTPServer):
+class FakeGcs(Server):
     """One bucket, named `bucket`; `objects` are its content by key."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Api)
+        super().__init__(_Api)
         self.objects: dict[str, bytes] = {}
         self.refused = ""
         """A key of which nothing may be read or written: 403."""
@@ -41,22 +42,19 @@ class FakeGcs(ThreadingHTTPServer):
         self.forbidden: frozenset[str] = frozenset()
         """Methods that nobody may use on any key: 403."""
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
     def account(self) -> str:
         """Give the key file, for GOOGLE_SERVICE_ACCOUNT_KEY, that leads clients here."""
-        empty = dict.fromkeys(["client_email", "private_key", "private_key_id"], "")
-        return json.dumps({"gcs_base_url": self.url, "disable_oauth": True, **empty})
+        return account_at(self.url)
 
 
-class _Api(BaseHTTPRequestHandler):
+def account_at(url: str) -> str:
+    """Give the key file, for GOOGLE_SERVICE_ACCOUNT_KEY, that leads clients to a URL."""
+    empty = dict.fromkeys(["client_email", "private_key", "private_key_id"], "")
+    return json.dumps({"gcs_base_url": url, "disable_oauth": True, **empty})
+
+
+class _Api(Prompt, BaseHTTPRequestHandler):
     server: FakeGcs
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        """The test's output is not the place."""
 
     def do_GET(self) -> None:
         bucket, key, query = self._target()
@@ -154,14 +152,8 @@ class _Api(BaseHTTPRequestHandler):
 @contextmanager
 def serve_gcs() -> Iterator[FakeGcs]:
     """Run the fake until the block ends."""
-    with FakeGcs() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    with FakeGcs().serving() as server:
+        yield server
 
 
 def s3_platform(url: str) -> dict[str, str]:
@@ -201,6 +193,8 @@ def serve_s3() -> Iterator[tuple[str, Any]]:
     try:
         host, port = server.get_host_and_port()
         url = f"http://{host}:{port}"
+        # Its objects belong to the process, and outlive the server that an earlier test had.
+        requests.post(f"{url}/moto-api/reset", timeout=60).raise_for_status()
         client = boto3.client(
             "s3",
             endpoint_url=url,

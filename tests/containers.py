@@ -20,18 +20,19 @@ import signal
 import subprocess
 import tarfile
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar, Final
 
 import pytest
+from serving import Prompt, Server
 
-START_SECONDS: Final = 30.0
-STOP_SECONDS: Final = 20.0
+CALL_SECONDS: Final = 100.0
+START_SECONDS: Final = 90.0
+STOP_SECONDS: Final = 60.0
 TOOLS: Final = ("dockerd", "docker", "busybox")
 INSTALL: Final = "scripts/debian-docker.sh installs it on Debian as root"
 
@@ -69,27 +70,23 @@ class Docker:
 
     def __call__(self, *words: str, text: bytes = b"") -> str:
         """Call the engine; returns what it says."""
-        done = subprocess.run(
-            ["docker", *words],
-            input=text,
-            capture_output=True,
-            env={**os.environ, **self.environment},
-            timeout=60,
-            check=False,
-        )
+        done = self._run(*words, text=text)
         assert done.returncode == 0, f"docker {' '.join(words)}: {done.stderr.decode()}"
         return done.stdout.decode().strip()
 
     def answers(self) -> bool:
         """Whether it can be spoken to."""
-        done = subprocess.run(
-            ["docker", "version"],
+        return self._run("version").returncode == 0
+
+    def _run(self, *words: str, text: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            ["docker", *words],
+            input=text,
             capture_output=True,
             env={**os.environ, **self.environment},
-            timeout=60,
+            timeout=CALL_SECONDS,
             check=False,
         )
-        return done.returncode == 0
 
     def containers(self, **filters: str) -> list[str]:
         """The names of its containers, those that do not run included."""
@@ -103,9 +100,14 @@ class Docker:
 
     def end(self) -> None:
         """Stop it, and leave nothing behind: no process, no mount, no file."""
-        if self.daemon.poll() is None and self.answers():
-            for name in self.containers():
-                self("rm", "--force", "--volumes", name)
+        try:
+            if self.daemon.poll() is None and self.answers():
+                for name in self.containers():
+                    self._run("rm", "--force", "--volumes", name)  # it may be gone meanwhile
+        finally:
+            self._end_daemon()
+
+    def _end_daemon(self) -> None:
         self.daemon.terminate()
         try:
             self.daemon.wait(STOP_SECONDS)
@@ -171,7 +173,7 @@ def processes_with(word: str) -> list[int]:
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            words = file.read_text()
+            words = file.read_text(errors="replace")
         except OSError:
             continue  # it has ended meanwhile
         if word in words and int(file.parent.name) != os.getpid():
@@ -222,7 +224,7 @@ class Registry:
         served |= {f"{image}/manifests/{name}": manifest for name in ("1", digest(manifest))}
         served["/v2/"] = b"{}"
 
-        class Handler(BaseHTTPRequestHandler):
+        class Blobs(Prompt, BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 if "/manifests/" in self.path:
                     before()
@@ -238,10 +240,7 @@ class Registry:
 
             do_HEAD = do_GET  # noqa: N815 - the name that the server looks for
 
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name
-                """Say nothing."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Server(Blobs)
         self.name = f"127.0.0.1:{self.server.server_port}"
 
 
@@ -249,14 +248,8 @@ class Registry:
 def registry(before: Callable[[], object] = lambda: None) -> Iterator[str]:
     """Serve a registry; gives its host and port. `before` is called before a manifest is given."""
     made = Registry(before)
-    thread = threading.Thread(target=made.server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with made.server.serving():
         yield made.name
-    finally:
-        made.server.shutdown()
-        thread.join()
-        made.server.server_close()
 
 
 def digest(blob: bytes) -> str:

@@ -58,7 +58,7 @@ class Story:
         )
 
     def ended(self, batch: Batch) -> Batch:
-        until(lambda: batch.refresh().finished, "the night to end", 100)
+        until(lambda: batch.refresh().finished, "the night to end", 300)
         return batch.refresh()
 
     def export(self, night: str, tasks: int) -> Batch:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.parser import BytesParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import google_crc32c
+from serving import Prompt, Server
 
 PROJECT, DATASET, BUCKET = "my-project", "shop", "bucket"
 SINGLE_FILE = 10**9
@@ -317,15 +318,8 @@ class Answer:
     headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
 
 
-class Api(BaseHTTPRequestHandler):
+class Api(Prompt, BaseHTTPRequestHandler):
     """One call of an API of Google; what there is to call is for its children to say."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1
-
-    def log_message(self, *_: object) -> None:
-        """The test's output is not the place."""
 
     def respond(self, body: bytes) -> Answer:
         """Do what is asked for.
@@ -360,32 +354,9 @@ class Api(BaseHTTPRequestHandler):
     do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = _serve  # noqa: N815 -- http.server's own names
 
 
-class Server(ThreadingHTTPServer):
-    """Serves an API on a port of its own."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    @contextmanager
-    def serving(self) -> Iterator[str]:
-        """Serve until the block ends; gives the URL."""
-        with self:
-            thread = threading.Thread(target=self.serve_forever, args=(0.01,))
-            thread.start()
-            try:
-                yield self.url
-            finally:
-                self.shutdown()
-                thread.join()
-
-
 class _Server(Server):
     def __init__(self, warehouse: Warehouse) -> None:
-        super().__init__(("127.0.0.1", 0), _Api)
+        super().__init__(_Api)
         self.warehouse = warehouse
 
 
@@ -470,5 +441,5 @@ def _as_json(answer: Any) -> bytes:
 @contextmanager
 def serve(warehouse: Warehouse) -> Iterator[str]:
     """Run the fake until the block ends; gives its URL."""
-    with _Server(warehouse).serving() as url:
-        yield url
+    with _Server(warehouse).serving() as server:
+        yield server.url

@@ -30,10 +30,13 @@ from examples.bigquery_export import tables
 from examples.bigquery_export.image.export_tables import ExportError, Exports, Extracts, Run
 from installation import Site
 
-pytestmark = pytest.mark.skipif(
-    not (INSTALLED / "installed.lock").exists(),
-    reason="no emulators of BigQuery and Cloud Storage here: run scripts/google-emulators.sh",
-)
+pytestmark = [
+    pytest.mark.timeout(400),  # longer than any of their waits
+    pytest.mark.skipif(
+        not (INSTALLED / "installed.lock").exists(),
+        reason="no emulators of BigQuery and Cloud Storage here: run scripts/google-emulators.sh",
+    ),
+]
 
 COLUMNS = ["id", "name"]
 Rows = list[tuple[int, str]]
@@ -175,12 +178,12 @@ def test_each_night_shows_its_rows_whole_and_nothing_of_the_night_before(
         def hold(name: str) -> None:
             if name == f"{SHOP}orders/manifest.json":
                 arrived.set()
-                assert done.wait(30)
+                assert done.wait(200)
                 raise ConnectionError
 
         front.before_write = hold
         tuesday = story.begin(TUESDAY, tasks=1)
-        assert arrived.wait(30), site.logs()
+        assert arrived.wait(200), site.logs()
         front.before_write = lambda _: None
         assert f"{TUESDAY}-csv-1/part-000000000000.csv.gz" in emulators.names(f"{SHOP}orders/")
         manifest, seen = visible(emulators, "orders")
@@ -305,10 +308,10 @@ def test_each_fake_of_cloud_storage_is_of_something_that_its_emulator_lacks(
 
 
 def test_the_emulators_end_when_the_test_is_killed(emulators: Emulators) -> None:
-    assert requests.get(emulators.storage, timeout=5).ok
+    assert requests.get(emulators.storage, timeout=100).ok
     assert emulators.process.stdin
     emulators.process.stdin.close()
-    assert emulators.process.wait(20) == 0
+    assert emulators.process.wait(100) == 0
 
 
 def test_both_are_installed_from_wheels_whose_hashes_are_locked() -> None:

@@ -49,6 +49,8 @@ from examples.bigquery_export.image import export_tables
 from examples.bigquery_export.image.export_tables import ExportError, Exports, Extracts, Place, Run
 from installation import Site
 
+pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
+
 
 @pytest.fixture
 def warehouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Warehouse]:
@@ -168,12 +170,12 @@ def test_a_night_runs_again_only_what_failed_and_shows_the_old_export_until_the_
     def hold(name: str) -> None:
         if name == f"{SHOP}orders/manifest.json":
             arrived.set()
-            assert done.wait(30)
+            assert done.wait(200)
             raise ConnectionError
 
     house.before_write = hold
     tuesday = story.begin(TUESDAY, tasks=1)
-    assert arrived.wait(30), story.site.logs()
+    assert arrived.wait(200), story.site.logs()
     house.before_write = lambda _: None
     assert house.under(f"{SHOP}orders/{TUESDAY}-csv-1/"), "the new files are there"
     old = visible(house, "orders")
@@ -223,7 +225,7 @@ def test_on_cloud_run_a_night_is_one_execution_and_a_retry_one_task_with_what_fa
         site.worker()
         with site.dispatcher() as dispatcher:
             batch = dispatcher.enqueue("bigquery-export", overrides={"tasks": 3})
-            until(lambda: batch.refresh().finished, "the night to end")
+            until(lambda: batch.refresh().finished, "the night to end", 300)
             assert batch.refresh().state == BatchState.SUCCEEDED, site.logs()
             attempts = {one.item["table"]: one.attempt for one in dispatcher.items(batch.id)}
         assert [execution.task_count for execution in cloud.world.executed] == [3, 1]

@@ -26,6 +26,8 @@ from dispatcher.emulators.cloud_run.processes import ProcessRunner
 from examples.cloud_run_ids.emulated import emulated
 from installation import ROOT, Site
 
+pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
+
 HERE = ROOT / "examples" / "cloud_run_ids"
 IDS = [str(number) for number in range(101, 113)]
 BAD = "107"
@@ -78,7 +80,7 @@ class Story:
         return CliRunner().invoke(app, list(words), env=self.site.environment)
 
     def ended(self, batch: Batch) -> Batch:
-        until(lambda: batch.refresh().finished, f"{batch.job} to end")
+        until(lambda: batch.refresh().finished, f"{batch.job} to end", 300)
         return batch.refresh()
 
     def executions(self, job: str) -> list[list[str]]:

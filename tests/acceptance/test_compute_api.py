@@ -36,6 +36,8 @@ from examples.compute_api.computations import tables
 from examples.compute_api.image import count_primes
 from installation import ROOT, Site
 
+pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
+
 HERE = ROOT / "examples" / "compute_api"
 TOKENS = {"ann-s-token": "ann", "bob-s-token": "bob"}
 ANN = {"Authorization": "Bearer ann-s-token"}
@@ -89,12 +91,12 @@ class Api:
         ((count,),) = self.site.sql("SELECT count(*) FROM dispatcher.batch")
         return int(str(count))
 
-    def ended(self, path: str, seconds: float = 60.0) -> Any:
+    def ended(self, path: str) -> Any:
         def look() -> Any:
             found = self.get(path).json()
             return found if found["finished_at"] else None
 
-        return until(look, f"{path} to end", seconds)
+        return until(look, f"{path} to end", 200)
 
 
 @pytest.fixture
@@ -126,7 +128,7 @@ def test_a_request_starts_a_computation_that_is_followed_to_its_output(api: Api)
         args=["--gap=2"],
         env={"LOG_LEVEL": "debug"},
         tasks=2,
-        timeout_seconds=90,
+        timeout_seconds=300,
     )
     assert answer.status_code == 202, answer.text
     begun = answer.json()
@@ -147,7 +149,7 @@ def test_a_request_starts_a_computation_that_is_followed_to_its_output(api: Api)
     assert (batch.params, batch.labels) == ({"upto": 2_500_000}, {"tenant": "ann"})
     ((kept,),) = api.site.sql("SELECT job FROM dispatcher.batch")
     assert isinstance(kept, dict)
-    assert (kept["args"], kept["timeout"]) == (["--gap=2"], "1m30s")
+    assert (kept["args"], kept["timeout"]) == (["--gap=2"], "5m")
     assert kept["env"] == {"LOG_LEVEL": "debug"}
 
 
@@ -156,7 +158,9 @@ def test_a_computation_that_runs_is_cancelled(api: Api) -> None:
     path = api.post("long", upto=1_000_000_000, tasks=1).headers["Location"]
     until(lambda: api.get(path).json()["tasks"].get("running"), "it to run")
     answer = api.client.post(f"{path}/cancel", headers=ANN)
-    assert (answer.status_code, answer.json()["cancelling"]) == (202, True)
+    told = answer.json()
+    # It may have been stopped before the answer was written.
+    assert (answer.status_code, told["cancelling"]) == (202, told["state"] != "cancelled")
     ended = api.ended(path)
     assert (ended["state"], ended["reason"]) == ("cancelled", "cancelled by ann")
     again = api.client.post(f"{path}/cancel", headers=ANN)
@@ -181,7 +185,7 @@ def test_a_double_click_starts_one_computation(api: Api) -> None:
     together = Barrier(clicks)
 
     def click(_: int) -> Any:
-        together.wait(20)
+        together.wait(100)
         return api.post("click", upto=10_000)
 
     with ThreadPoolExecutor(clicks) as pool:

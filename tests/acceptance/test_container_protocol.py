@@ -25,6 +25,8 @@ from waiting import until
 from dispatcher import container
 from dispatcher.receipts import Expected, read_receipt
 
+pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "container"
 HELPER = Path(container.__file__)
@@ -68,6 +70,7 @@ class Container:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         self.started.append(process)
         return process
@@ -97,10 +100,15 @@ class Container:
 
     def bound_node(self, most: int) -> None:
         """Let a receipt by Node.js have fewer bytes."""
-        path = self.path / "image" / "receipt.mjs"
-        bound, text = "MAX_RECEIPT_BYTES = 16 << 20;", path.read_text()
-        assert bound in text
-        path.write_text(text.replace(bound, f"MAX_RECEIPT_BYTES = {most};"))
+        bound = "MAX_RECEIPT_BYTES = 16 << 20;"
+        self.change("receipt.mjs", bound, f"MAX_RECEIPT_BYTES = {most};")
+
+    def change(self, name: str, old: str, new: str) -> None:
+        """Change a line of a file of the image."""
+        path = self.path / "image" / name
+        text = path.read_text()
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
 
     def receipt(self, name: str = "1.json") -> dict[str, Any] | None:
         try:
@@ -126,12 +134,13 @@ def box(tmp_path: Path) -> Iterator[Container]:
     made = Container(tmp_path)
     yield made
     for process in made.started:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=90)
     return process.returncode, out, err
 
 
@@ -168,7 +177,7 @@ class TestAProgram:
     def test_that_is_killed_hard_leaves_what_it_did_until_seconds_ago(self, box: Container) -> None:
         process = box.python(
             "import container; container.PROGRESS_SECONDS = 0.05\n"
-            + WORK.format("print('there', flush=True); time.sleep(60)")
+            + WORK.format("print('there', flush=True); time.sleep(600)")
         )
         until(box.kept)
         until(lambda: len(box.kept() or []) == 2)
@@ -184,7 +193,7 @@ class TestAProgram:
                 """
             try:
                 print("there", flush=True)
-                time.sleep(60)
+                time.sleep(600)
             finally:
                 print("cleaned up")
 """
@@ -211,7 +220,7 @@ class TestAProgram:
             gcs.unavailable = "results/k1/1.json"
             box.env["STORAGE_EMULATOR_HOST"] = gcs.url
             box.env["DISPATCH_RESULT_URI"] = "gs://bucket/results/k1/"
-            process = box.python(f"import container\ncontainer.PAUSES = (60,)\n{program}")
+            process = box.python(f"import container\ncontainer.PAUSES = (600,)\n{program}")
             until(lambda: any("results%2Fk1%2F1.json" in path for _, path, _ in gcs.seen))
             process.send_signal(signal.SIGTERM)
             assert ended(process) == (143, "", "")
@@ -228,6 +237,8 @@ class TestAProgram:
             box.env["DISPATCH_RESULT_URI"] = (
                 f"{gcs.url}/bucket/results/k1/" if signed else "gs://bucket/results/k1/"
             )
+            # It tries again until the test lets it, however long that takes.
+            box.change("container.py", "PAUSES = (0.3, 1.0, 3.0)", "PAUSES = (0.1,) * 600")
             process = box.wrapper("--each", "true")
             until(
                 lambda: any("k1%2F1.json" in path or "k1/1.json" in path for _, path, _ in gcs.seen)
@@ -263,7 +274,7 @@ class TestAProgram:
     ) -> None:
         process = box.python(
             "import container, time; container.report_at(1, True)\n"
-            "print('there', flush=True); time.sleep(60)"
+            "print('there', flush=True); time.sleep(600)"
         )
         assert process.stdout is not None
         process.stdout.readline()
@@ -506,7 +517,7 @@ class TestTheOldestPython:
     ) -> None:
         assert ended(box.python(WORK.format("raise OSError('no')"), old))[0] == 1
         assert [entry["i"] for entry in box.kept() or []] == [0, 1]
-        process = box.python(WORK.format("print('there', flush=True); time.sleep(60)"), old)
+        process = box.python(WORK.format("print('there', flush=True); time.sleep(600)"), old)
         assert process.stdout is not None
         assert process.stdout.readline() == "there\n"
         process.send_signal(signal.SIGTERM)
@@ -576,7 +587,7 @@ class TestOtherLanguages:
     def test_node_keeps_what_it_did_when_it_is_told_to_stop(self, box: Container) -> None:
         process = box.node(
             "async (item) => { if (item === 'd d') { console.log('there'); "
-            "await new Promise((end) => setTimeout(end, 60000)); } }"
+            "await new Promise((end) => setTimeout(end, 600000)); } }"
         )
         assert process.stdout is not None
         assert process.stdout.readline() == "there\n"
@@ -812,7 +823,7 @@ class TestOtherLanguages:
 
     def test_a_shell_keeps_what_it_did_when_it_is_told_to_stop(self, box: Container) -> None:
         process = box.shell(
-            "dispatch_each sh -c '[ \"$ITEM\" = c ] || { echo there; exec sleep 60; }'"
+            "dispatch_each sh -c '[ \"$ITEM\" = c ] || { echo there; exec sleep 600; }'"
         )
         assert process.stdout is not None
         assert process.stdout.readline() == "there\n"

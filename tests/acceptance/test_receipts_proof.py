@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import pytest
 import yaml
-from buckets import s3_platform, serve_gcs, serve_s3
+from buckets import account_at, s3_platform, serve_gcs, serve_s3
+from serving import Prompt, Server
 from typer.testing import CliRunner
 from waiting import until
 
@@ -31,6 +32,8 @@ from dispatcher.emulators.cloud_run.processes import ProcessRunner
 from dispatcher.errors import InvalidInput
 from dispatcher.storage import Storage
 from installation import ROOT, Site
+
+pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
 
 Spoil: TypeAlias = Callable[[dict[str, Any]], bytes]
 """Makes something else of a receipt."""
@@ -46,9 +49,15 @@ import container
 
 POISON = {set(POISON)}
 with container.run() as task:
+    # Into files, and in a later attempt, what is done so far is written within a blink.
+    written_soon = task.attempt > 1 or task.result_uri.startswith("file://")
     for item in task.items:
         if item in POISON:
-            time.sleep(0.25)  # what kills takes its time: a query that hangs, memory that fills
+            # What kills takes its time (a query that hangs, memory that fills): long enough for
+            # what was done before to be written, where that is done soon.
+            end = time.monotonic() + (300 if written_soon else 0.25)
+            while task._kept != task._changes and time.monotonic() < end:
+                time.sleep(0.01)
             if item % 2:
                 os._exit(3)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -106,8 +115,8 @@ def command(site: Site, *words: str) -> tuple[int, str]:
     return ran.exit_code, ran.stdout
 
 
-def ended(batch: Batch, seconds: float = 100) -> Batch:
-    until(lambda: batch.refresh().finished, f"{batch.job} to end", seconds)
+def ended(batch: Batch) -> Batch:
+    until(lambda: batch.refresh().finished, f"{batch.job} to end", 300)
     return batch.refresh()
 
 
@@ -244,8 +253,9 @@ BAD: Final[dict[str, tuple[Spoil, str]]] = {
 GOOD: Final = ("doubled", "plain")
 
 
-def tell(task: container.Task) -> None:
+def tell(start: TaskStart) -> None:
     """Write the receipt of a task as its items say: `cut 0` has it cut short."""
+    task = helped(start)
     name = task.items[0].split()[0]
     told = whole(task)
     if name in BAD:
@@ -258,10 +268,10 @@ def tell(task: container.Task) -> None:
         return
     task.close()
     if name == "doubled":  # another container of the same task, which says something else
-        for item in task.items:
-            task.report(item, ok=False, error="late")
-        task._written_last = None
-        task.close()
+        double = helped(start)
+        for item in double.items:
+            double.report(item, ok=False, error="late")
+        double.close()
 
 
 def memory(pid: int) -> int:
@@ -276,7 +286,7 @@ def test_a_bad_receipt_costs_its_own_chunk_and_no_worker(site: Site) -> None:
     names = [*BAD, *GOOD]
 
     def script(start: TaskStart) -> TaskEnd:
-        tell(helped(start))
+        tell(start)
         return TaskEnd()
 
     job = {
@@ -355,20 +365,16 @@ with container.run() as task:
 # --- a storage that cannot be used ----------------------------------------------------------------
 
 
-class _Refusing(ThreadingHTTPServer):
+class _Refusing(Server):
     """An S3 that refuses every read, in the words of S3's documentation."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Refusal)
+        super().__init__(_Refusal)
         self.code = self.message = ""
 
 
-class _Refusal(BaseHTTPRequestHandler):
+class _Refusal(Prompt, BaseHTTPRequestHandler):
     server: _Refusing
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        """The test's output is not the place."""
 
     def do_GET(self) -> None:
         told = self.server
@@ -381,12 +387,8 @@ class _Refusal(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def refusing() -> Iterator[_Refusing]:
-    with _Refusing() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with _Refusing().serving() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def checked(site: Site, name: str) -> tuple[int, str, str]:
@@ -457,14 +459,16 @@ class TestACheck:
         ) in said
 
     def test_finds_that_nobody_answers(self, site: Site) -> None:
-        with serve_gcs() as gcs:
-            account = gcs.account()
-        site.environment |= {
-            "GOOGLE_SERVICE_ACCOUNT_KEY": account,
-            "GOOGLE_ALLOW_HTTP": "true",
-            "DISPATCHER_STORAGE_URL": "gs://bucket/x",
-        }
-        code, level, said = checked(site, "storage")
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))  # and does not listen: nobody else can have the port
+            site.environment |= {
+                "GOOGLE_SERVICE_ACCOUNT_KEY": account_at(
+                    f"http://127.0.0.1:{closed.getsockname()[1]}"
+                ),
+                "GOOGLE_ALLOW_HTTP": "true",
+                "DISPATCHER_STORAGE_URL": "gs://bucket/x",
+            }
+            code, level, said = checked(site, "storage")
         assert (code, level) == (4, "fail")
         assert "cannot read gs://bucket/x/checks/" in said
 
@@ -483,7 +487,7 @@ class TestACheck:
     ) -> None:
         refusing.code, refusing.message = code, message
         site.environment |= {
-            **s3_platform(f"http://127.0.0.1:{refusing.server_port}"),
+            **s3_platform(refusing.url),
             "DISPATCHER_STORAGE_URL": "s3://bucket/x",
         }
         exit_code, level, said = checked(site, "storage")
@@ -521,6 +525,10 @@ def test_required_receipts_are_refused_where_the_workers_have_no_storage_for_the
         early = dispatcher.enqueue("work", [1])
         site.worker()
         assert ended(early).state == "failed"
+        until(
+            lambda: site.sql("SELECT 1 FROM dispatcher.target WHERE limits->>'results' = 'false'"),
+            "the worker to tell what it has",
+        )
         assert "requires receipts" in str(early.refresh().reason)
         assert "set DISPATCHER_STORAGE_URL for the workers" in str(early.refresh().reason)
         with pytest.raises(InvalidInput, match="have no storage for them: set DISPATCHER_STORAGE"):
