@@ -6,6 +6,7 @@ TEST_DATABASE_URL to the URL of a superuser on another server to run against tha
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import uuid
@@ -34,6 +35,16 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# What is imported and collected stays until the end. The collector of garbage looks for nothing in
+# it: neither while it is made nor, again and again, during the tests.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
