@@ -6,16 +6,15 @@ TEST_DATABASE_URL to the URL of a superuser on another server to run against tha
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import psycopg
 import pytest
-import sqlalchemy
+from databases import Databases, administrator, named
 from hypothesis import HealthCheck, settings
 from psycopg import sql
 
@@ -36,6 +35,16 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# What is imported and collected stays until the end. The collector of garbage looks for nothing in
+# it: neither while it is made nor, again and again, during the tests.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
@@ -64,26 +73,6 @@ def migrate(url: str) -> None:
     schema.upgrade(url)
 
 
-def named(url: str, database: str) -> str:
-    """The same server, another database."""
-    parsed = sqlalchemy.make_url(url).set(drivername="postgresql+psycopg", database=database)
-    return parsed.render_as_string(hide_password=False)
-
-
-@contextmanager
-def administrator(url: str) -> Iterator[psycopg.Connection]:
-    dsn = named(url, "postgres").replace("postgresql+psycopg:", "postgresql:", 1)
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        yield connection
-
-
-def drop_database(url: str, name: str) -> None:
-    with administrator(url) as connection:
-        connection.execute(
-            sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
-        )
-
-
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a superuser on a Postgres that only this pytest process uses.
@@ -95,6 +84,11 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         return
     data_dir: Path = tmp_path_factory.mktemp("postgres") / "data"
     with EmbeddedPostgres(data_dir, fsync=False) as server:
+        with administrator(server.url("postgres")) as connection:
+            # No work of its own: it takes time, and what it finds would differ from run to run.
+            connection.execute("ALTER SYSTEM SET autovacuum = off")
+            connection.execute("ALTER SYSTEM SET checkpoint_timeout = '1h'")
+            connection.execute("SELECT pg_reload_conf()")
         yield server.url("postgres")
 
 
@@ -110,24 +104,26 @@ def database_template(postgres: str) -> Iterator[str]:
         migrate(named(postgres, name))
         yield name
     finally:
-        drop_database(postgres, name)
+        with administrator(postgres) as connection:
+            connection.execute(
+                sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+            )
+
+
+@pytest.fixture(scope="session")
+def databases(postgres: str, database_template: str) -> Iterator[Databases]:
+    durable = "TEST_DATABASE_URL" in os.environ
+    with administrator(postgres) as connection:
+        made = Databases(postgres, database_template, connection, durable=durable)
+        yield made
+        made.close()
 
 
 @pytest.fixture
-def database_url(postgres: str, database_template: str) -> Iterator[str]:
+def database_url(databases: Databases) -> Iterator[str]:
     """A migrated database of this test's own, as a SQLAlchemy URL."""
-    name = f"test_{uuid.uuid4().hex}"
-    # On a server without fsync a copy of the files takes 9 ms, and one through the log 42 ms.
-    strategy = "" if "TEST_DATABASE_URL" in os.environ else "STRATEGY FILE_COPY"
-    statement = sql.SQL("CREATE DATABASE {} TEMPLATE {} " + strategy)
-    with administrator(postgres) as connection:
-        connection.execute(
-            statement.format(sql.Identifier(name), sql.Identifier(database_template))
-        )
-    try:
-        yield named(postgres, name)
-    finally:
-        drop_database(postgres, name)
+    with databases.lend() as name:
+        yield databases.url(name)
 
 
 @pytest.fixture(scope="session")
