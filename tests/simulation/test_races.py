@@ -575,6 +575,11 @@ def lease(engine: Engine) -> str | None:
     )
 
 
+def lines(spool: Path) -> list[str]:
+    out = spool / "out"
+    return out.read_text().split() if out.exists() else []
+
+
 def is_stopped(process: subprocess.Popen[bytes]) -> bool:
     assert process.poll() is None, "it ended, and never came to where it was to stop"
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
@@ -602,10 +607,6 @@ def test_a_launcher_that_is_stopped_past_lease_and_grace_and_goes_on_runs_nothin
     engine.plan(batch.id)
     sleeper = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
 
-    def lines() -> list[str]:
-        out = spool / "out"
-        return out.read_text().split() if out.exists() else []
-
     def turn() -> None:
         advance(store, 1)
         engine.sweep()
@@ -631,13 +632,13 @@ def test_a_launcher_that_is_stopped_past_lease_and_grace_and_goes_on_runs_nothin
         advance(store, 60)
         assert lease(engine) is None, "that lease has run out"
         until(running, "the other worker to take the launch over")
-        until(lambda: lines() == ["it"], "the command to run")
+        until(lambda: lines(spool) == ["it"], "the command to run")
         sleeper.send_signal(signal.SIGCONT)
         assert sleeper.wait(PATIENCE) == 0
         (spool / "go-on").touch()
         until(over, "the batch to end, and no stray to be left")
         assert batch.refresh().state == "succeeded"
-        assert lines() == ["it"], "it ran once"
+        assert lines(spool) == ["it"], "it ran once"
         assert list(backend.strays(_instance(store), utc(-3600))) == []
         with store.engine.connect() as connection:
             assert_invariants(connection)
