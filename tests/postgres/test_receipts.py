@@ -622,8 +622,8 @@ def test_an_outage_of_the_storage_is_told_from_its_beginning(make: Make, tmp_pat
     batch = bench.enqueue(["a", "b"])
     bench.turn()
     storage.down = True
-    for _ in range(100):
-        bench.turn(10)
+    for _ in range(20):
+        bench.turn(50)
     assert states(bench, batch) == {0: "succeeded", 1: "running"}, "the first one is given up"
     assert " (16 min ago): " in explain(bench.store, batch.id).text
     reasons = [str(event.reason) for event in bench.dispatcher.events(batch.id)]
