@@ -6,13 +6,13 @@ still until `advance`, so that a test says exactly when what is due.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import sqlalchemy as sa
 from lifecycle import assert_invariants
+from waiting import until
 
 from dispatcher import schema
 from dispatcher.backends.base import Backend
@@ -28,6 +28,7 @@ from dispatcher.testing import Ending, NullSettings, NullWorld
 HERE: Final = "here"
 NOW: Final = "public.bench_now()"
 LEASE: Final = timedelta(days=3650)
+eventually = until
 
 CLOCK: Final = (
     "CREATE TABLE public.bench_clock (at timestamptz NOT NULL)",
@@ -232,17 +233,17 @@ class Bench:
         """The states of all executions, in the order of their intents."""
         return self.sql("SELECT state FROM dispatcher.execution ORDER BY id")
 
+    def waiting_for_locks(self) -> int:
+        """How many sessions in this database wait for a lock of another one now."""
+        (count,) = self.sql(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND wait_event_type = 'Lock'"
+        )
+        return int(count)
+
     def check(self) -> None:
         with self.database.connect() as connection:
             assert_invariants(connection)
-
-
-def eventually(probe: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    """Wait, in real time, until another thread or process has made something true."""
-    end = time.monotonic() + seconds
-    while not probe():
-        assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
-        time.sleep(0.005)
 
 
 def utc(seconds: float = 0.0) -> datetime:

@@ -207,7 +207,7 @@ def test_a_cancel_takes_a_long_plan_back(bench: Bench) -> None:
         for number, chunk in enumerate(cut(*args, **named)):
             if number == 1500:
                 held.set()
-                assert go_on.wait(20)
+                assert go_on.wait(60)
             yield chunk
 
     with pytest.MonkeyPatch.context() as patch:
@@ -215,13 +215,13 @@ def test_a_cancel_takes_a_long_plan_back(bench: Bench) -> None:
         thread = Thread(target=bench.engine.plan, args=(batch.id,))
         thread.start()
         try:
-            assert held.wait(20)
+            assert held.wait(60)
             other = bench.worker("worker-2")
             assert other.plan(batch.id) is None, "another planner leaves it alone"
             assert batch.cancel().state == "cancelled", "a cancel does not wait for a plan"
         finally:
             go_on.set()
-            thread.join(20)
+            thread.join(60)
     assert bench.states(batch) == []
     assert batch.refresh().state == "cancelled"
     again = bench.dispatcher.retry(batch.id)

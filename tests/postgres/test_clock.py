@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from workbench import eventually, job
+from waiting import until
+from workbench import job
 
 from dispatcher.client import Batch, Dispatcher
 from dispatcher.config import Config, Settings, Target
@@ -29,7 +30,7 @@ from dispatcher.testing import NullSettings, NullWorld
 from dispatcher.wake import PLAN, Waker
 from workers import clock as clock_module
 from workers import steps
-from workers.clock import CRASHED, Clock
+from workers.clock import CRASHED, LOOKS, Clock
 from workers.runtime import Runtime
 from workers.storage_watch import StorageWatch
 
@@ -115,7 +116,7 @@ class Works:
     def close(self) -> None:
         self.engine.go_on.set()
         for clock in self.clocks:
-            clock.stop(10)
+            clock.stop(60)
             clock._pool.shutdown(wait=True)
         self.engine.close()
         self.app.close()
@@ -141,7 +142,7 @@ class Works:
     def beats(self) -> bool:
         """Wait for another heartbeat; whether one comes."""
         (last,) = self.sql("SELECT max(heartbeat_at) FROM dispatcher.worker")[0]
-        eventually(
+        until(
             lambda: bool(
                 self.sql(
                     "SELECT 1 FROM dispatcher.worker"
@@ -162,7 +163,7 @@ class Works:
         )
 
     def wait_for_the_end_of(self, pid: int) -> None:
-        eventually(
+        until(
             lambda: not self.sql("SELECT 1 FROM pg_stat_activity WHERE pid = :pid", pid=pid),
             "the server to end the connection",
         )
@@ -214,36 +215,74 @@ def test_a_row_that_a_stopped_process_keeps_stops_neither_other_leases_nor_the_h
 ) -> None:
     with works.holding("here"):
         works.clock()
-        eventually(lambda: works.leased("there"), "the lease of the other target")
+        until(lambda: works.leased("there"), "the lease of the other target")
         assert works.beats()
         assert not works.leased("here")
-    eventually(lambda: works.leased("here"), "the lease of the target that was let go")
+    until(lambda: works.leased("here"), "the lease of the target that was let go")
     assert works.ends == []
 
 
 def test_a_worker_that_is_stopped_in_a_slow_beat_ends_in_order(works: Works) -> None:
     clock = works.clock()
-    eventually(lambda: all(map(works.leased, TARGETS)), "both leases")
+    until(lambda: all(map(works.leased, TARGETS)), "both leases")
     with works.holding("here"):
-        eventually(works.waits_for_a_lock, "the beat to wait for the row")
+        until(works.waits_for_a_lock, "the beat to wait for the row")
         clock.stop(timeout=0)
-        clock._thread.join(10)
+        clock._thread.join(60)
     assert not clock._thread.is_alive()
     assert works.ends == []
     assert not works.leased("there"), "given back"
 
 
-def test_a_loop_that_stands_still_ends_the_process(works: Works) -> None:
-    with works.holding("here"):
-        works.clock(stuck_after=0.5)
-        eventually(lambda: works.ends == [CRASHED], "the end of the process", 10)
-
-
-def test_a_loop_that_ticks_is_left_alone(works: Works) -> None:
+def test_a_loop_that_stands_still_ends_the_process(
+    works: Works, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(works.store, "beat", lambda **_: go_on.wait(60))
     works.clock(stuck_after=0.5)
-    for _ in range(4):
-        assert works.beats()
+    try:
+        until(lambda: works.ends == [CRASHED], "the end of the process")
+    finally:
+        go_on.set()
+
+
+def test_a_loop_ticks_also_while_a_row_is_kept_from_it(works: Works) -> None:
+    with works.holding("here"):
+        clock = works.clock()
+        for _ in range(4):
+            seen = clock._ticks
+            assert works.beats()
+            until(lambda seen=seen: clock._ticks > seen, "a tick")
     assert works.ends == []
+
+
+class Looks(threading.Event):
+    """Has the watchdog look without waiting, and its loop tick between some of the looks."""
+
+    def __init__(self, clock: Clock, every: int, looks: int) -> None:
+        super().__init__()
+        self.clock, self.every, self.looks = clock, every, looks
+        self.made = 0
+
+    def wait(self, timeout: float | None = None) -> bool:  # noqa: ARG002 - nobody waits
+        if self.made == self.looks:
+            return True
+        self.made += 1
+        if self.made % self.every == 0:
+            self.clock._ticks += 1
+        return False
+
+
+@pytest.mark.parametrize(
+    ("every", "made", "ends"), [(LOOKS, 10 * LOOKS, []), (10 * LOOKS, LOOKS, [CRASHED])]
+)
+def test_only_a_loop_that_has_not_ticked_for_so_many_looks_is_ended(
+    works: Works, every: int, made: int, ends: list[int]
+) -> None:
+    clock = Clock(works.run, end=works.ends.append)
+    clock._stopping = looks = Looks(clock, every, 10 * LOOKS)
+    clock._watch()
+    assert (looks.made, works.ends) == (made, ends)
 
 
 def test_workers_give_up_a_lock_and_an_idle_transaction_and_applications_keep_theirs(
@@ -343,16 +382,22 @@ def test_a_clock_outlives_a_failover(works: Works) -> None:
     assert works.beats()
     name = works.database.url.database
     works.sql(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
-    works.sql(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-    )
-    eventually(lambda: refuses_writes(works.store), "the new connections to be read-only")
+    # One that was begun before and is listed only now can still write.
+    until(lambda: cut(works) and refuses_writes(works.store), "the new connections to be read-only")
     with works.database.begin() as tx:
         tx.execute(sa.text("SET TRANSACTION READ WRITE"))
         tx.execute(sa.text(f'ALTER DATABASE "{name}" RESET default_transaction_read_only'))
     assert works.beats()
     assert works.ends == []
+
+
+def cut(works: Works) -> bool:
+    """End all connections but the one that does it."""
+    works.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    return True
 
 
 def refuses_writes(store: Store) -> bool:
@@ -387,21 +432,21 @@ def test_item_sources_that_take_minutes_hold_up_neither_schedules_nor_deadlines(
     slow = [works.app.enqueue("work", [1]) for _ in range(2)]
     works.engine.slow = frozenset(batch.id for batch in slow)
     works.clock()
-    eventually(lambda: works.engine.slow <= set(works.engine.began), "both plans to begin")
+    until(lambda: works.engine.slow <= set(works.engine.began), "both plans to begin")
     missed(works, "nightly")
     works.schedules["nightly"] = every_minute("nightly")
     late = works.app.enqueue("work", [1])
     works.sql("UPDATE dispatcher.batch SET deadline = now() WHERE id = :id", id=late.id)
-    eventually(
+    until(
         lambda: bool(
             works.sql("SELECT 1 FROM dispatcher.schedule_firing WHERE batch_id IS NOT NULL")
         ),
         "the schedule to fire",
     )
-    eventually(lambda: late.refresh().finished, "the deadline to be kept")
+    until(lambda: late.refresh().finished, "the deadline to be kept")
     assert sorted(works.engine.began) == sorted(works.engine.slow), "each is planned by one thread"
     works.engine.go_on.set()
-    eventually(lambda: set(states(slow)) == {"succeeded"}, "the slow ones to go on")
+    until(lambda: set(states(slow)) == {"succeeded"}, "the slow ones to go on")
 
 
 def test_while_one_item_source_takes_minutes_other_batches_are_planned(works: Works) -> None:
@@ -409,7 +454,7 @@ def test_while_one_item_source_takes_minutes_other_batches_are_planned(works: Wo
     works.engine.slow = frozenset([slow.id])
     quick = [works.app.enqueue("work", [1]) for _ in range(3)]
     works.clock()
-    eventually(lambda: set(states(quick)) == {"succeeded"}, "the quick ones to end")
+    until(lambda: set(states(quick)) == {"succeeded"}, "the quick ones to end")
     assert states([slow]) == ["planning"]
 
 
@@ -519,11 +564,11 @@ def test_a_storage_that_hangs_holds_up_neither_leases_nor_the_heartbeat(
 ) -> None:
     works, storage, _ = stored
     works.clock()
-    eventually(lambda: storage.looks > 0, "a look at the storage")
+    until(lambda: storage.looks > 0, "a look at the storage")
     assert works.beats()
-    assert all(works.leased(name) for name in TARGETS)
+    until(lambda: all(map(works.leased, TARGETS)), "both leases")
     batch = works.app.enqueue("work", [1])
-    assert batch.wait(timeout=30).state == "succeeded"
+    assert batch.wait(timeout=60).state == "succeeded"
     assert (storage.looks, told(works, TARGETS[0])) == (1, None)
 
 
@@ -534,10 +579,10 @@ def test_a_leader_tells_what_has_to_be_mended_at_the_storage_until_it_works(
     storage.go_on.set()
     works.clock()
     for name in TARGETS:
-        eventually(lambda name=name: told(works, name) is not None, "the leader's word")
+        until(lambda name=name: told(works, name) is not None, "the leader's word")
     assert f"cannot read {place.as_uri()}/checks/" in (told(works, TARGETS[0]) or "")
     place.unlink()
-    eventually(lambda: told(works, TARGETS[0]) is None, "the leader takes it back")
+    until(lambda: told(works, TARGETS[0]) is None, "the leader takes it back")
 
 
 def test_a_storage_that_does_not_answer_takes_nothing_back_and_is_no_problem_to_mend(
@@ -591,4 +636,4 @@ def test_room_is_made_on_each_target_that_a_worker_leads(
     made: list[str] = []
     monkeypatch.setattr(works.engine, "make_room", made.append)
     works.clock()
-    eventually(lambda: set(made) == set(TARGETS), "room was made on both")
+    until(lambda: set(made) == set(TARGETS), "room was made on both")

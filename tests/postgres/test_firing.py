@@ -106,7 +106,7 @@ def test_two_that_fire_at_once_make_one_batch(site: Site) -> None:
 
     def fire() -> None:
         worker = site.worker(catch_up="all")
-        start.wait()
+        start.wait(60)
         for _ in range(3):
             fired.extend(worker.fire())
 

@@ -9,7 +9,7 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
-from workbench import HERE, Bench, eventually, job
+from workbench import HERE, Bench, job
 
 from dispatcher.backends.base import (
     Backend,
@@ -339,13 +339,13 @@ def test_a_late_answer_is_cancelled_as_a_stray(spied: tuple[Bench, Spy]) -> None
 
     def hang(_request: LaunchRequest) -> None:
         called.set()
-        assert answered.wait(20)
+        assert answered.wait(60)
 
     # The first launcher's call hangs; the batch is cancelled and given up meanwhile.
     spy.before = hang
     launcher = Thread(target=bench.engine.launch, args=(HERE,))
     launcher.start()
-    assert called.wait(20)
+    assert called.wait(60)
     batch.cancel()
     other = bench.worker("worker-2")
     bench.until(
@@ -355,7 +355,7 @@ def test_a_late_answer_is_cancelled_as_a_stray(spied: tuple[Bench, Spy]) -> None
     assert bench.world.handles() == []
     bench.world.fail_next("cancel", Fault.UNAVAILABLE, times=2)
     answered.set()
-    launcher.join(20)
+    launcher.join(60)
     stray = "SELECT state, cancel_kind FROM dispatcher.execution WHERE stray"
     assert bench.sql(stray) == [("launched", "stray")]
     assert bench.world.running() == 1
@@ -452,7 +452,7 @@ def test_a_backend_that_breaks_its_contract_is_an_answer_that_says_nothing(
 def test_an_item_with_a_nul_character_can_be_an_argument_as_json(
     make_bench: Callable[..., Bench],
 ) -> None:
-    bench = make_bench(job(args=["{items:json}"]))
+    bench = make_bench(job(args=["{items:json}"]), concurrency=1)
     batch = bench.finish(bench.enqueue(["a\0b", "back\\u0000slash"]))
     assert batch.state == "succeeded"
     assert [r.tasks[0].args for r in bench.world.requests()] == [
@@ -489,21 +489,21 @@ def test_an_open_call_is_not_made_again_by_anyone(spied: tuple[Bench, Spy]) -> N
 
     def hang(_request: LaunchRequest) -> None:
         called.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
 
     spy.before = hang
     batch = bench.enqueue([1])
     bench.plan()
     launcher = Thread(target=bench.engine.launch, args=(HERE,))
     launcher.start()
-    assert called.wait(20)
+    assert called.wait(60)
     other = bench.worker("worker-2")
     assert other.launch(HERE).calls == 0
     other.follow(HERE)
     assert bench.engine.launch(HERE).calls == 0, "one round at a time in a process"
     go_on.set()
-    launcher.join(20)
-    eventually(lambda: bench.executions() == ["launched"], "the answer is recorded")
+    launcher.join(60)
+    assert bench.executions() == ["launched"], "the answer is recorded"
     assert bench.world.calls["launch"] == 1
     assert bench.finish(batch).state == "succeeded"
 

@@ -114,7 +114,11 @@ def test_a_request_without_overrides_differs_from_one_that_had_some(make_bench: 
     assert 'overrides.env there is {"DB_PASSWORD": "***"}, here not given' in str(told.value)
 
 
-def test_the_command_line_has_the_same_overrides(database_url: str, tmp_path: Path) -> None:
+def test_the_command_line_has_the_same_overrides(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It would send the logs of this whole process to what is its stderr here.
+    monkeypatch.setattr("dispatcher.logs.configure", lambda *_: None)
     jobs = tmp_path / "jobs.yaml"
     jobs.write_text(
         'targets: {t: {backend: "null"}}\n'

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from workbench import HERE, Bench, eventually, job
+from waiting import until
+from workbench import HERE, Bench, job
 
 from dispatcher.backends.base import LaunchRequest, TaskInput
 from dispatcher.backends.local import LocalBackend, LocalSettings
 from dispatcher.client import Batch
 from dispatcher.engine import receipts as receipts_module
+from dispatcher.engine.receipts import PROGRESS_READERS
 from dispatcher.errors import Unreachable
 from dispatcher.explaining import explain
 from dispatcher.moments import clock
@@ -619,8 +622,8 @@ def test_an_outage_of_the_storage_is_told_from_its_beginning(make: Make, tmp_pat
     batch = bench.enqueue(["a", "b"])
     bench.turn()
     storage.down = True
-    for _ in range(100):
-        bench.turn(10)
+    for _ in range(20):
+        bench.turn(50)
     assert states(bench, batch) == {0: "succeeded", 1: "running"}, "the first one is given up"
     assert " (16 min ago): " in explain(bench.store, batch.id).text
     reasons = [str(event.reason) for event in bench.dispatcher.events(batch.id)]
@@ -630,23 +633,23 @@ def test_an_outage_of_the_storage_is_told_from_its_beginning(make: Make, tmp_pat
 
 
 def test_receipts_are_read_at_the_same_time(make: Make, tmp_path: Path) -> None:
-    class Slow(Storage):
-        most = now = 0
-        lock = threading.Lock()
+    met = threading.Barrier(2)
+    lone: list[str] = []
+
+    class Meeting(Storage):
+        """A storage in which two reads wait for each other."""
 
         def read(self, path: str, most: int) -> bytes | None:
-            with self.lock:
-                Slow.now += 1
-                Slow.most = max(Slow.most, Slow.now)
-            time.sleep(0.02)
-            with self.lock:
-                Slow.now -= 1
+            try:
+                met.wait(60)
+            except threading.BrokenBarrierError:
+                lone.append(path)
             return super().read(path, most)
 
-    bench, _ = make(storage=Slow(f"file://{tmp_path}/slow"))
+    bench, _ = make(storage=Meeting(f"file://{tmp_path}/meeting"))
     batch = bench.finish(bench.enqueue(range(16)))
     assert batch.state == "succeeded"
-    assert Slow.most > 1
+    assert lone == []
 
 
 @pytest.mark.parametrize("step", [6, 1000])
@@ -961,17 +964,25 @@ def test_progress_that_is_no_progress_changes_nothing(make: Make) -> None:
 def test_progress_that_is_slow_to_read_holds_no_settle_up(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stuck(Storage):
-        reading = 0
-        go_on = threading.Event()
+    go_on = threading.Event()
+    reading: list[str] = []
 
+    class Stuck(Storage):
         def read(self, path: str, most: int) -> bytes | None:
             if path.endswith("/0.progress.json"):
-                Stuck.reading += 1
-                assert Stuck.go_on.wait(60)
+                reading.append(path)
+                assert go_on.wait(60)
             return super().read(path, most)
 
-    monkeypatch.setattr(receipts_module, "PROGRESS_SECONDS", 0.1, raising=False)
+    def monotonic() -> float:
+        """The turn has taken an hour by the time that all its readers are stuck."""
+        if not asked:
+            asked.append(True)
+            return 0.0
+        until(lambda: len(reading) >= PROGRESS_READERS, "progress is being read")
+        return 3600.0
+
+    asked: list[bool] = []
     bench, containers = make(storage=Stuck(f"file://{tmp_path}/stuck"), receipt="required")
 
     def work(request: LaunchRequest, task: TaskInput, items: list[Any]) -> Ending:
@@ -986,19 +997,16 @@ def test_progress_that_is_slow_to_read_holds_no_settle_up(
     batch = bench.enqueue(range(20))
     bench.turn()
     bench.turn(1)
-    follow = threading.Thread(target=bench.engine.follow_progress, args=(HERE,))
-    settle = threading.Thread(target=bench.turn, args=(12,))
     try:
-        follow.start()
-        eventually(lambda: Stuck.reading >= 4, "progress is being read")
+        with monkeypatch.context() as patient:
+            patient.setattr(receipts_module, "time", SimpleNamespace(monotonic=monotonic))
+            assert bench.engine.follow_progress(HERE) == 0, "and this turn is over"
+        settle = threading.Thread(target=bench.turn, args=(12,))
         settle.start()
-        eventually(lambda: states(bench, batch)[0] == "succeeded", "what ended is settled")
-        eventually(lambda: not follow.is_alive(), "a turn of reading progress is over")
+        until(lambda: states(bench, batch)[0] == "succeeded", "what ended is settled")
     finally:
-        Stuck.go_on.set()
-        for thread in (follow, settle):
-            if thread.ident is not None:
-                thread.join()
+        go_on.set()
+    settle.join(60)
     monkeypatch.setattr(receipts_module, "PROGRESS_SECONDS", 60.0)
     assert bench.engine.follow_progress(HERE) == 19
     looked = bench.sql("SELECT progress_done FROM dispatcher.attempt WHERE chunk_index > 0")
@@ -1027,15 +1035,15 @@ def test_without_a_storage_the_local_backends_tasks_tell_how_far_they_are(
         wrap=lambda _inner: LocalBackend(HERE, LocalSettings(spool=spool)),
     )
     batch = bench.enqueue(["a", "b", "c"])
+    turn = partial(bench.turn, 0.1)
     try:
-        bench.until(lambda: list(spool.glob("*/0/*.progress.json")) != [], "it tells", step=0.1)
-        bench.until(lambda: bench.engine.follow_progress(HERE) == 1, "that is seen", step=0.1)
+        until(lambda: turn() or bench.engine.follow_progress(HERE) == 1, "it tells, and is seen")
         (chunk,) = bench.dispatcher.chunks(batch.id)
         assert chunk.attempts[-1].progress == (1, 3)
     finally:
         go_on.touch()
     # It writes no receipt and is killed: what it told of before is kept.
-    bench.until(lambda: batch.refresh().finished, "it ended", step=0.1, turns=2000)
+    until(lambda: turn() or batch.refresh().finished, "it ended")
     assert outcomes(bench, batch)[0][0] == "failed"
     assert [one.state for one in bench.dispatcher.items(batch.id)] == [
         "succeeded",

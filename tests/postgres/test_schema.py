@@ -462,7 +462,7 @@ def test_two_deployments_may_upgrade_at_once(empty_url: str) -> None:
         subprocess.Popen([sys.executable, "-c", program, empty_url], stderr=subprocess.PIPE)
         for _ in range(2)
     ]
-    told = [deployment.communicate(timeout=60)[1].decode() for deployment in deployments]
+    told = [deployment.communicate(timeout=100)[1].decode() for deployment in deployments]
     assert [deployment.returncode for deployment in deployments] == [0, 0], told
     assert differences(empty_url) == []
 
@@ -473,7 +473,7 @@ def test_two_threads_may_upgrade_at_once(empty_url: str) -> None:
 
     def upgrade() -> None:
         try:
-            barrier.wait(10)
+            barrier.wait(60)
             schema.upgrade(empty_url)
         except BaseException as error:  # noqa: BLE001 - shown by the main thread
             problems.append(error)

@@ -191,7 +191,9 @@ def test_retries_of_a_pack_wait_for_company_and_go_when_they_fill_one(
     )
     assert bench.sql(holds) == [2]
     assert bench.world.calls["launch"] == 2, "they are due and wait for company"
-    bench.world.kill(bench.world.handles()[1], 0)
+    (later,) = bench.sql("SELECT execution_id FROM dispatcher.attempt WHERE chunk_index = 3")
+    (handle,) = bench.sql("SELECT handle FROM dispatcher.execution WHERE id = :id", id=later)
+    bench.world.kill(handle, 0)
     bench.until(lambda: bench.world.calls["launch"] == 3, "the pack went out", step=2, turns=10)
     assert len(bench.world.requests()[2].tasks) == 3
 
@@ -291,7 +293,7 @@ def test_two_settles_of_the_last_two_chunks_end_the_batch_once(bench: Bench, att
         try:
             engine = engines[place]
             ending = Given(ids[place], (TaskReport(0, Outcome.SUCCEEDED),), final=True)
-            barrier.wait(10)
+            barrier.wait(60)
             engine._settler.settle(engine.places[HERE], [ending])
         except BaseException as error:  # noqa: BLE001 - shown by the main thread
             errors.append(error)
@@ -300,7 +302,7 @@ def test_two_settles_of_the_last_two_chunks_end_the_batch_once(bench: Bench, att
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert errors == []
     assert batch.refresh().state == "succeeded"
     ends = [
@@ -319,7 +321,7 @@ def test_two_workers_that_poll_the_same_settle_each_attempt_once(bench: Bench) -
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     bench.turn()
     assert batch.refresh().state == "succeeded"
     succeeded = [

@@ -186,9 +186,9 @@ def test_two_launchers_never_claim_one_chunk(bench: Bench) -> None:
 
     def claim(store: Store) -> None:
         with store.transaction() as tx:
-            barrier.wait(10)
+            barrier.wait(60)
             mine = [one.chunk_index for one in store.claim(tx, batch.id, 25)]
-            barrier.wait(10)
+            barrier.wait(60)
             claimed.extend(mine)
             tx.rollback()
 
@@ -196,7 +196,7 @@ def test_two_launchers_never_claim_one_chunk(bench: Bench) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert len(claimed) == len(set(claimed)) == 40
 
 
@@ -220,7 +220,7 @@ def test_a_deadlock_is_a_conflict_after_which_the_step_is_taken_again(bench: Ben
                     bench.store.run(tx, "UPDATE public.thing SET n = n + 1 WHERE id = :i", i=place)
                     if first:
                         first = False
-                        barrier.wait(10)
+                        barrier.wait(60)
 
         again(step, tries=20)
 
@@ -228,7 +228,7 @@ def test_a_deadlock_is_a_conflict_after_which_the_step_is_taken_again(bench: Ben
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert bench.sql("SELECT n FROM public.thing") == [2, 2]
     # Postgres ends one of the two, or both; and what is taken again may meet the other once more.
     assert len(tries) > len(threads), "what was ended was taken again"

@@ -13,7 +13,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -21,11 +20,12 @@ from typing import Any, TypeVar
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 from lifecycle import assert_invariants
-from workbench import HERE, Bench, eventually, job, utc
+from waiting import until
+from workbench import CLOCK, HERE, NOW, Bench, job, utc
 
 from dispatcher import schema
-from dispatcher.backends.base import BackendLimits
 from dispatcher.backends.local import LocalBackend, LocalSettings
 from dispatcher.client import Batch, Dispatcher
 from dispatcher.config import Config, Target
@@ -34,10 +34,11 @@ from dispatcher.errors import NotAllowed
 from dispatcher.job import Job
 from dispatcher.states import Outcome
 from dispatcher.store import Store
+from dispatcher.store.base import BaseStore
 from dispatcher.testing import Ending, Fault, NullBackend
 
 T = TypeVar("T")
-PATIENCE = 20.0
+PATIENCE = 60.0
 RUNS = Ending(seconds=1e6)
 
 
@@ -106,16 +107,6 @@ def another_app(bench: Bench) -> Dispatcher:
     return app
 
 
-def blocked(bench: Bench) -> bool:
-    """Say if somebody waits for a lock in this database."""
-    return bool(
-        bench.sql(
-            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()"
-            " AND wait_event_type = 'Lock'"
-        )
-    )
-
-
 def ends(bench: Bench, batch: Batch) -> list[tuple[str, str]]:
     """Each move of a batch into a final state, from the audit."""
     return bench.sql(
@@ -156,7 +147,7 @@ def test_two_settles_of_the_last_two_chunks_end_the_batch_once(
     hold.wait()
     bench.world.kill(two, 0, Outcome.SUCCEEDED)
     last = side(lambda: second.follow(HERE))
-    eventually(lambda: blocked(bench), "the second settle to wait for the batch")
+    until(bench.waiting_for_locks, "the second settle to wait for the batch")
     assert batch.refresh().state == "running"
     hold.release()
     done(first, last)
@@ -179,7 +170,7 @@ def test_two_launches_never_overshoot_a_limit(
     first = side(lambda: bench.engine.launch(HERE))
     hold.wait()
     late = side(lambda: second.launch(HERE))
-    eventually(lambda: blocked(bench), "the second launch to wait for the target")
+    until(bench.waiting_for_locks, "the second launch to wait for the target")
     hold.release()
     rounds = done(first, late)
     assert [each.calls for each in rounds] == [3, 0]
@@ -220,7 +211,7 @@ def test_a_cancel_that_meets_a_launch_waits_for_its_claim_and_stops_what_it_star
     launch = side(bench.launch)
     hold.wait()
     cancel = side(batch.cancel)
-    eventually(lambda: blocked(bench), "the cancel to wait for the batch")
+    until(bench.waiting_for_locks, "the cancel to wait for the batch")
     hold.release()
     done(launch, cancel)
     batch = bench.finish(batch)
@@ -239,7 +230,7 @@ def test_a_launch_that_meets_a_cancel_starts_nothing(
     cancel = side(batch.cancel)
     hold.wait()
     launch = side(bench.launch)
-    eventually(lambda: blocked(bench), "the launch to wait for the batch")
+    until(bench.waiting_for_locks, "the launch to wait for the batch")
     hold.release()
     done(launch, cancel)
     assert batch.refresh().state == "cancelled"
@@ -251,6 +242,14 @@ def test_recording_handles_and_a_cancel_meet_without_a_deadlock(
     make: Any, side: Any, monkeypatch: pytest.MonkeyPatch, held: str
 ) -> None:
     bench = make(job(options={"max_tasks": 3, "parallelism": 3}), concurrency=2)
+    met: list[BaseException] = []
+    raise_as_ours = BaseStore._raise_as_ours
+
+    def note(store: BaseStore, error: Any) -> None:
+        met.append(error)
+        raise_as_ours(store, error)
+
+    monkeypatch.setattr(BaseStore, "_raise_as_ours", note)
     bench.script(RUNS)
     batch = bench.enqueue(range(12))
     bench.plan()
@@ -268,26 +267,13 @@ def test_recording_handles_and_a_cancel_meet_without_a_deadlock(
         cancel = side(batch.cancel) if held == "pending" else None
         if cancel is None:
             hold.release()
-        eventually(lambda: blocked(bench), "the one side to wait for the test")
+        until(bench.waiting_for_locks, "the one side to wait for the test")
         if cancel is None:
             cancel = side(batch.cancel)
         hold.release()
-        eventually(
-            lambda: (
-                len(
-                    bench.sql(
-                        "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()"
-                        " AND wait_event_type = 'Lock'"
-                    )
-                )
-                >= 2
-            ),
-            "the other side to wait for the one",
-        )
+        until(lambda: bench.waiting_for_locks() >= 2, "the other side to wait for the one")
     done(launch, cancel)
-    assert bench.sql(
-        "SELECT deadlocks::int FROM pg_stat_database WHERE datname = current_database()"
-    ) == [0]
+    assert met == [], "neither was ended for a deadlock"
     assert bench.finish(batch).state == "cancelled"
     assert bench.world.running() == 0
 
@@ -301,7 +287,12 @@ class Slow(NullBackend):
     before: Event | None = None
     after: Event | None = None
 
+    def __init__(self, name: str, settings: Any) -> None:
+        super().__init__(name, settings)
+        self.called = Event()
+
     def launch(self, request: Any) -> Any:
+        self.called.set()
         if self.before is not None:
             assert self.before.wait(PATIENCE)
         answer = super().launch(request)
@@ -332,7 +323,7 @@ def test_a_reply_that_comes_after_its_execution_was_found_changes_nothing(
     bench.plan()
     backends[0].after = Event()
     launch = side(bench.launch)
-    eventually(lambda: bool(bench.world.handles()), "the provider to start it")
+    until(lambda: bool(bench.world.handles()), "the provider to start it")
     bench.advance(20)
     second.follow(HERE)
     assert bench.states(batch) == ["running"]
@@ -351,7 +342,8 @@ def test_a_call_that_slept_past_every_grace_leaves_one_execution_running(
     bench.plan()
     backends[0].before = Event()
     launch = side(bench.launch)
-    eventually(lambda: bench.executions() == ["intended"], "the intent")
+    assert backends[0].called.wait(PATIENCE), "past the last look at the time"
+    assert bench.executions() == ["intended"]
     for _ in range(8):
         bench.advance(10)
         second.follow(HERE)
@@ -406,7 +398,8 @@ def test_a_look_that_found_nothing_does_not_end_what_was_recorded_meanwhile(
     bench.plan()
     backends[0].before = Event()
     launch = side(bench.launch)
-    eventually(lambda: bench.executions() == ["intended"], "the intent")
+    assert backends[0].called.wait(PATIENCE), "past the last look at the time"
+    assert bench.executions() == ["intended"]
     batch.cancel()
     bench.advance(20)
     second.follow(HERE)
@@ -447,7 +440,7 @@ def test_two_enqueues_with_one_key_make_one_batch(
     first = side(enqueue)
     hold.wait()
     second = side(lambda: app.enqueue("work", [1, 2], key="k").id)
-    eventually(lambda: blocked(bench), "the second enqueue to wait for the key")
+    until(bench.waiting_for_locks, "the second enqueue to wait for the key")
     hold.release()
     one, two = done(first, second)
     assert bench.sql("SELECT id FROM dispatcher.batch") == [two]
@@ -496,7 +489,7 @@ def test_a_plan_that_is_about_to_commit_makes_a_cancel_wait_and_is_cancelled_the
     plan = side(lambda: bench.engine.plan(batch.id))
     hold.wait()
     cancel = side(batch.cancel)
-    eventually(lambda: blocked(bench), "the cancel to wait for the plan")
+    until(bench.waiting_for_locks, "the cancel to wait for the plan")
     hold.release()
     done(plan, cancel)
     assert batch.refresh().state == "cancelled"
@@ -515,7 +508,7 @@ def test_two_retries_reopen_a_batch_once(
     first = side(lambda: bench.dispatcher.retry(batch.id))
     hold.wait()
     second = side(lambda: app.retry(batch.id))
-    eventually(lambda: blocked(bench), "the second retry to wait for the batch")
+    until(bench.waiting_for_locks, "the second retry to wait for the batch")
     hold.release()
     done(first)
     with pytest.raises(NotAllowed, match="is running"):
@@ -530,17 +523,11 @@ def test_two_retries_reopen_a_batch_once(
 
 SLEEPER = """
     import os, signal, sys
-    from datetime import timedelta
     sys.path.insert(0, {tests!r})
-    from simulation.test_races import local, ShortLocal
-    from dispatcher import schema
-    from dispatcher.engine import Engine
-    from dispatcher.store import Store
+    from simulation.test_races import lease, worker
 
-    config = local({spool!r})
-    store = Store(schema.create_engine({url!r}), actor="sleeper")
-    backend = ShortLocal("here", config.targets["here"].settings)
-    engine = Engine(store, config, call_window=timedelta(seconds=1), backends={{"here": backend}})
+    engine = worker("sleeper", {url!r}, {spool!r})
+    store, backend = engine.store, engine.places["here"].backend
 
     def asleep(real):
         def stopped(*args, **kwargs):
@@ -550,33 +537,51 @@ SLEEPER = """
 
     owner, method = {where}
     setattr(owner, method, asleep(getattr(owner, method)))
-    assert store.lease("here", backend="local", limits={{}}, home=backend.home(),
-                       lease=timedelta(seconds=1)) is None
+    assert lease(engine) is None
     engine.launch("here")
     engine.close()
 """
 
 
-class ShortLocal(LocalBackend):
-    """The local backend with graces that a test can wait for."""
-
-    @property
-    def limits(self) -> BackendLimits:
-        return replace(
-            super().limits, call_timeout=timedelta(seconds=1), find_grace=timedelta(seconds=0.5)
-        )
+def worker(actor: str, url: str, spool: str) -> Engine:
+    """A worker whose provider is this machine and whose clocks are all the bench's."""
+    config = local(spool)
+    store = Store(schema.create_engine(url), actor=actor, now=NOW)
+    backend = LocalBackend(HERE, config.targets[HERE].settings)
+    return Engine(
+        store, config, monotonic=lambda: store.now().timestamp(), backends={HERE: backend}
+    )
 
 
 def local(spool: str) -> Config:
     settings = LocalSettings(spool=Path(spool), stop_grace=0.2)
     target = Target(name=HERE, backend="local", settings=settings)
-    command = ["sh", "-c", 'echo "$ITEM" >> "$OUT"; sleep 1']
-    env = {"ITEM": "{items:csv}", "OUT": f"{spool}/out"}
+    command = ["sh", "-c", 'echo "$ITEM" >> "$OUT"; until [ -e "$GO_ON" ]; do sleep 0.05; done']
+    env = {"ITEM": "{items:csv}", "OUT": f"{spool}/out", "GO_ON": f"{spool}/go-on"}
     once = Job.model_validate({"name": "once", "target": HERE, "command": command, "env": env})
     return Config({HERE: target}, {"once": once}, "test")
 
 
+def advance(store: Store, seconds: float) -> None:
+    with store.engine.begin() as tx:
+        by = {"by": timedelta(seconds=seconds)}
+        tx.execute(sa.text("UPDATE public.bench_clock SET at = at + :by"), by)
+
+
+def lease(engine: Engine) -> str | None:
+    home = engine.places[HERE].home
+    return engine.store.lease(
+        HERE, backend="local", limits={}, home=home, lease=timedelta(seconds=15)
+    )
+
+
+def lines(spool: Path) -> list[str]:
+    out = spool / "out"
+    return out.read_text().split() if out.exists() else []
+
+
 def is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None, "it ended, and never came to where it was to stop"
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
@@ -589,11 +594,12 @@ def test_a_launcher_that_is_stopped_past_lease_and_grace_and_goes_on_runs_nothin
 ) -> None:
     spool = tmp_path / "spool"
     spool.mkdir()
-    config = local(str(spool))
-    app = Dispatcher(database_url=database_url, config=config, actor="app")
-    store = Store(schema.create_engine(database_url), actor="other")
-    backend = ShortLocal(HERE, config.targets[HERE].settings)
-    engine = Engine(store, config, call_window=timedelta(seconds=1), backends={HERE: backend})
+    app = Dispatcher(database_url=database_url, config=local(str(spool)), actor="app")
+    engine = worker("other", database_url, str(spool))
+    store, backend = engine.store, engine.places[HERE].backend
+    with store.engine.begin() as tx:
+        for statement in CLOCK:
+            tx.execute(sa.text(statement))
     script = textwrap.dedent(SLEEPER).format(
         tests=str(Path(__file__).parents[1]), spool=str(spool), url=database_url, where=where
     )
@@ -601,11 +607,8 @@ def test_a_launcher_that_is_stopped_past_lease_and_grace_and_goes_on_runs_nothin
     engine.plan(batch.id)
     sleeper = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
 
-    def lines() -> list[str]:
-        out = spool / "out"
-        return out.read_text().split() if out.exists() else []
-
     def turn() -> None:
+        advance(store, 1)
         engine.sweep()
         engine.launch(HERE)
         engine.follow(HERE)
@@ -624,31 +627,23 @@ def test_a_launcher_that_is_stopped_past_lease_and_grace_and_goes_on_runs_nothin
         return batch.refresh().finished and left == 0
 
     try:
-        eventually(lambda: is_stopped(sleeper), "the launcher to be stopped")
-        eventually(
-            lambda: (
-                store.lease(
-                    HERE,
-                    backend="local",
-                    limits={},
-                    home=backend.home(),
-                    lease=timedelta(minutes=5),
-                )
-                is None
-            ),
-            "its lease to run out",
-        )
-        eventually(running, "the other worker to take the launch over")
-        eventually(lambda: lines() == ["it"], "the command to run")
+        until(lambda: is_stopped(sleeper), "the launcher to be stopped")
+        assert lease(engine) == "target here is led by sleeper"
+        advance(store, 60)
+        assert lease(engine) is None, "that lease has run out"
+        until(running, "the other worker to take the launch over")
+        until(lambda: lines(spool) == ["it"], "the command to run")
         sleeper.send_signal(signal.SIGCONT)
         assert sleeper.wait(PATIENCE) == 0
-        eventually(over, "the batch to end, and no stray to be left")
+        (spool / "go-on").touch()
+        until(over, "the batch to end, and no stray to be left")
         assert batch.refresh().state == "succeeded"
-        assert lines() == ["it"], "it ran once"
+        assert lines(spool) == ["it"], "it ran once"
         assert list(backend.strays(_instance(store), utc(-3600))) == []
         with store.engine.connect() as connection:
             assert_invariants(connection)
     finally:
+        (spool / "go-on").touch()
         if sleeper.poll() is None:
             sleeper.send_signal(signal.SIGCONT)
             sleeper.kill()
