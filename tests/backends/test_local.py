@@ -134,21 +134,14 @@ def is_alive(pid: int) -> bool:
     return local_shim.process_start(pid) is not None
 
 
-def can_run(pid: int) -> bool:
-    """Whether a process can still do anything. One on its way out lasts for as long as it takes."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return False
-    return fields[0] not in (b"Z", b"X") and not int(fields[6]) & PF_EXITING
+def has_become_sleep(pid: int) -> bool:
+    """Whether the shell's child is what it is to be, and shows its variables again."""
+    shown = Path(f"/proc/{pid}")
+    return (shown / "comm").read_text() == "sleep\n" and (shown / "environ").read_bytes() != b""
 
 
 def written_pid(path: Path) -> int:
     return int(until(lambda: path.exists() and path.read_text().strip(), f"{path} is written"))
-
-
-PF_EXITING = 0x4
-"""The kernel's flag of a process that has begun to end, and lost its memory or is about to."""
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[bytes]:
@@ -401,7 +394,7 @@ class TestAShimThatDies:
         end = place.only_end("k")
         assert end.outcome is Outcome.LOST
         assert not is_alive(leader)
-        assert not can_run(child)
+        assert not is_alive(child)
         assert not (directory / "0" / "exit.json").exists()
 
     def test_loses_only_the_tasks_that_have_not_ended(self, place: Place) -> None:
@@ -421,13 +414,38 @@ class TestAShimThatDies:
         leader = place.record("k", "0", "process.json")["pid"]
         place.kill_shim("k")
         until(lambda: not is_alive(leader), "the leader dies with the shim, but not its child")
+        until(lambda: has_become_sleep(child), "its child runs")
         kills: list[int] = []
         with monkeypatch.context() as patch:
             patch.setattr(os, "kill", lambda pid, _signum: kills.append(pid))
             assert place.report("k").phase is Phase.RUNNING
         assert kills == [child]
         assert place.only_end("k").outcome is Outcome.LOST
-        assert not can_run(child)
+        assert not is_alive(child)
+
+    @pytest.mark.parametrize("has_variables", [True, False])
+    def test_is_not_mourned_while_a_process_is_about_to_become_another_program(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch, *, has_variables: bool
+    ) -> None:
+        """The system shows no variables of it then; of a process that was given none, never any."""
+        place.launch("k", f"sleep 100 & echo $! > {place.folder}/child; wait")
+        child = written_pid(place.folder / "child")
+        leader = place.record("k", "0", "process.json")["pid"]
+        place.kill_shim("k")
+        until(lambda: not is_alive(leader), "the leader dies with the shim, but not its child")
+        shown = place.folder / "proc" / str(child)
+        shown.mkdir(parents=True)
+        (shown / "environ").touch()
+        name, _, rest = Path(f"/proc/{child}/stat").read_text().rpartition(")")
+        fields = rest.split()
+        fields[48] = "0" if has_variables else "140728365686763"  # where its variables end
+        (shown / "stat").write_text(f"{name}) {' '.join(fields)}")
+        with monkeypatch.context() as patch:
+            patch.setattr(local, "_PROC", place.folder / "proc")
+            assert place.report("k").phase is (Phase.RUNNING if has_variables else Phase.ENDED)
+            assert is_alive(child)
+        assert place.only_end("k").outcome is Outcome.LOST
+        assert not is_alive(child)
 
     def test_asked_to_stop_stops_its_tasks_and_they_are_lost(self, place: Place) -> None:
         place.launch("k", "sleep 100")
