@@ -620,7 +620,7 @@ class BackendContract:
     A real provider is slow: raise `patience`, and let `step` wait for longer.
     """
 
-    patience: ClassVar[timedelta] = timedelta(seconds=30)
+    patience: ClassVar[timedelta] = timedelta(seconds=60)
     """How long a test waits for what must come."""
 
     LONG: ClassVar[float] = 600.0
@@ -829,9 +829,10 @@ class BackendContract:
         other = self.twin(backend)
         self.started(other, launched.handle)
         other.cancel(launched.handle)
-        assert (
-            self.ended(backend, launched.handle).tasks == self.ended(other, launched.handle).tasks
-        )
+        # Nothing more of how it ended: who looks later may be told more.
+        for each in (backend, other):
+            (task,) = self.ended(each, launched.handle).tasks
+            assert task.outcome is Outcome.CANCELLED
 
     def twin(self, backend: Backend) -> Backend:
         """Make a second backend of the same target, as another worker would."""

@@ -105,6 +105,10 @@ OURS: Final = ("DISPATCHER_", "DISPATCH_")
 """Settings of the worker, and what a task is given: neither is handed down."""
 
 _MACHINE_ID: Final = Path("/etc/machine-id")
+_PROC: Final = Path("/proc")
+
+_ENV_END: Final = 48
+"""The place of `env_end` in /proc/PID/stat, counted from the state: where the variables end."""
 
 _KEY: Final = re.compile(r"[a-z][a-z0-9-]{0,49}")
 _BLOCK: Final = 1 << 16
@@ -180,7 +184,7 @@ class _ProcessTable:
     def sessions(self) -> Mapping[int, Sequence[_Process]]:
         """The live processes by their session's id; empty where there is no /proc."""
         sessions: dict[int, list[_Process]] = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
+        for stat in _PROC.glob("[0-9]*/stat"):
             try:
                 fields = stat.read_bytes().rpartition(b")")[2].split()
             except OSError:  # it ended while we read
@@ -706,28 +710,38 @@ def _moment(text: str | None) -> datetime | None:
 def _kill_left_over(directory: Path, index: int, table: _ProcessTable) -> bool:
     """Kill what a task of a dead shim left running; False when there is nothing (any more).
 
-    What is killed now may take a moment to end: the next poll looks again.
+    What is killed now may take a moment to end, and what is about to become another program does
+    not show yet whose it is: the next poll looks again.
     """
     record = shim.read_json(str(directory / str(index) / shim.PROCESS))
     if record is None:
         return False
     pid: int = record["pid"]
     is_leader_alive = shim.process_start(pid) == record["start"]
+    is_one_unread = False
     if is_leader_alive:
         victims = [pid, *(process.pid for process in table.sessions.get(pid, ()))]
     else:
         # The number may have gone to another session since: take only those that carry our key.
         mark = f"DISPATCH_KEY={directory.name}".encode()
-        victims = [p.pid for p in table.sessions.get(pid, ()) if mark in _environment_of(p.pid)]
+        seen = {p.pid: _environment_of(p.pid) for p in table.sessions.get(pid, ())}
+        victims = [number for number, variables in seen.items() if mark in (variables or ())]
+        is_one_unread = None in seen.values()
     for victim in victims:
         with suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
-    return bool(victims)
+    return bool(victims) or is_one_unread
 
 
-def _environment_of(pid: int) -> Sequence[bytes]:
+def _environment_of(pid: int) -> Sequence[bytes] | None:
+    """Read a process's variables; None while it has none: it becomes another program, or ends."""
+    place = _PROC / str(pid)
     try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if variables := (place / "environ").read_bytes():
+            return variables.split(b"\0")
+        if (place / "stat").read_bytes().rpartition(b")")[2].split()[_ENV_END] == b"0":
+            return None
+        return (place / "environ").read_bytes().split(b"\0")  # it may have just become one
     except OSError:  # it ended, or is another user's
         return ()
 

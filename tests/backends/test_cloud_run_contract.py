@@ -193,6 +193,7 @@ class TestARealProject(CloudRunContract):
             real.cancel(stray.handle)
 
 
+@pytest.mark.timeout(600)
 def test_the_run_on_a_real_project_says_what_it_costs_and_passes() -> None:
     """In a process of its own, as it is run: only Google is an emulator."""
     with CloudRunEmulator(script=behave) as emulator:

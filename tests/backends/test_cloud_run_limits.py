@@ -20,6 +20,7 @@ from backends.test_cloud_run_engine import (
     chunk_of,
     figures,
     make_cloud,
+    standing_clock,
 )
 from google.auth import exceptions as auth
 from pydantic import ValidationError
@@ -43,7 +44,7 @@ from dispatcher.explaining import explain
 from dispatcher.job import Job
 from dispatcher.overriding import overridden
 
-__all__ = ["make_cloud"]
+__all__ = ["make_cloud", "standing_clock"]
 
 PLACE: Final = f"projects/{PROJECT}/locations/{REGION}"
 ETL: Final = CloudRunOptions(job="etl")
@@ -208,6 +209,7 @@ def test_what_is_refused_of_a_job_is_not_asked_again_for_each_of_its_chunks(
 def test_a_permission_that_was_mended_is_seen_within_seconds_by_one_launch_that_asks(
     cloud: CloudOfABackend,
 ) -> None:
+    cloud.clock.stop()
     backend, world = cloud.backend(), cloud.emulator.world
     forbid(world)
     for _ in range(3):
@@ -228,6 +230,7 @@ def test_a_permission_that_was_mended_is_seen_within_seconds_by_one_launch_that_
 
 def test_launches_that_come_together_let_one_ask_ahead() -> None:
     made = CloudOfABackend(EmulatorOptions(latency=0.2))
+    made.clock.stop()
     with made.emulator as emulator:
         emulator.world.define(PROJECT, REGION, "etl")
         forbid(emulator.world)
@@ -482,9 +485,11 @@ class Budget:
         pass
 
 
+@pytest.mark.usefixtures("standing_clock")
 def test_the_tasks_of_several_large_packs_are_listed_in_turn() -> None:
     """A hundred pages each, as 10,000 tasks are, at the default of 300 reads a minute."""
     made = CloudOfABackend()
+    made.clock.stop()
     seconds = 240.0
 
     def length(index: int) -> float:

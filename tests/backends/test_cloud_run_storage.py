@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 from buckets import s3_platform, serve_s3
 from typer.testing import CliRunner
-from workbench import eventually
+from waiting import until
 
 from dispatcher import container, schema
 from dispatcher.backends.cloud_run import CloudRunBackend
@@ -93,7 +93,7 @@ class Site:
             self.engine.follow("cloud")
             return batch.refresh().finished
 
-        eventually(turn, "the batch ended")
+        until(turn, "the batch ended")
         return batch.refresh()
 
     def close(self) -> None:

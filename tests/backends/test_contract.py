@@ -37,7 +37,7 @@ class TestLocal(BackendContract):
     @pytest.fixture
     def backend(self, tmp_path: Path) -> Iterator[Backend]:
         self.folder = tmp_path
-        backend = LocalBackend("here", LocalSettings(spool=tmp_path / "spool", stop_grace=1))
+        backend = LocalBackend("here", LocalSettings(spool=tmp_path / "spool", stop_grace=60))
         yield backend
         for stray in backend.strays("test", datetime.fromtimestamp(0, UTC)):
             backend.cancel(stray.handle)

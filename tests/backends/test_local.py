@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import Any
 from urllib.parse import urlparse
 
 import pytest
+import structlog
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 from waiting import until
 
-from dispatcher.backends import local_shim
+from dispatcher.backends import local, local_shim
 from dispatcher.backends.base import (
     LaunchRequest,
     Phase,
@@ -46,7 +47,7 @@ class Place:
         self.folder = folder
         self.spool = folder / "spool"
         self.backend = LocalBackend(
-            "here", LocalSettings(**{"spool": self.spool, "stop_grace": 1.0, **settings})
+            "here", LocalSettings(**{"spool": self.spool, "stop_grace": 60.0, **settings})
         )
         self.evidence = folder / "runs"
 
@@ -133,6 +134,12 @@ def is_alive(pid: int) -> bool:
     return local_shim.process_start(pid) is not None
 
 
+def has_become_sleep(pid: int) -> bool:
+    """Whether the shell's child is what it is to be, and shows its variables again."""
+    shown = Path(f"/proc/{pid}")
+    return (shown / "comm").read_text() == "sleep\n" and (shown / "environ").read_bytes() != b""
+
+
 def written_pid(path: Path) -> int:
     return int(until(lambda: path.exists() and path.read_text().strip(), f"{path} is written"))
 
@@ -163,7 +170,8 @@ from pathlib import Path
 from dispatcher.backends import local, local_shim
 from dispatcher.backends.base import LaunchRequest, TaskInput
 
-folder, key, script, point = sys.argv[1:]
+folder, key, script, point, local._BOOT = sys.argv[1:]
+local.LAUNCH_SECONDS = 60.0
 backend = local.LocalBackend("here", local.LocalSettings(spool=Path(folder) / "spool"))
 request = LaunchRequest(
     key=key, instance="test", batch_id="b-1", job="job",
@@ -201,6 +209,12 @@ sys.stdin.readline()
 backend.launch(request)
 """
 
+
+def launcher_of(place: Place, key: str, script: str, point: str) -> subprocess.Popen[bytes]:
+    """Another process that launches when it reads a line, and dies at a point of that."""
+    return python(LAUNCHER, place.folder, key, script, point, local._BOOT)
+
+
 POINTS = (
     "before the request is written",
     "in the rename of the request",
@@ -216,7 +230,7 @@ POINTS = (
 class TestALaunchRunsOnce:
     @pytest.mark.parametrize("point", POINTS)
     def test_whenever_the_launcher_is_killed(self, place: Place, point: str) -> None:
-        with python(LAUNCHER, place.folder, "k", "true", point) as launcher:
+        with launcher_of(place, "k", "true", point) as launcher:
             launcher.communicate(b"go\n")
         assert launcher.returncode == -signal.SIGKILL
         request = place.request("k")
@@ -229,7 +243,7 @@ class TestALaunchRunsOnce:
 
     def test_when_two_processes_launch_it_at_the_same_time(self, place: Place) -> None:
         launchers = [
-            python(LAUNCHER, place.folder, key, "true", "nowhere")
+            launcher_of(place, key, "true", "nowhere")
             for key in ("k1", "k2", "k3")
             for _ in range(2)
         ]
@@ -266,7 +280,11 @@ class TestALaunchRunsOnce:
         assert place.runs() == 1
         assert [p.name for p in place.spool.iterdir()] == ["k"]
 
-    def test_while_another_shim_is_about_to_begin(self, place: Place) -> None:
+    def test_while_another_shim_is_about_to_begin(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        boot = local._BOOT.replace("MARKER_SECONDS = 60.0", "MARKER_SECONDS = 0.1")
+        monkeypatch.setattr(local, "_BOOT", boot)
         request = place.request("k")
         directory = place.spool / "k"
         place.backend._declare(request, directory)
@@ -396,11 +414,36 @@ class TestAShimThatDies:
         leader = place.record("k", "0", "process.json")["pid"]
         place.kill_shim("k")
         until(lambda: not is_alive(leader), "the leader dies with the shim, but not its child")
+        until(lambda: has_become_sleep(child), "its child runs")
         kills: list[int] = []
         with monkeypatch.context() as patch:
             patch.setattr(os, "kill", lambda pid, _signum: kills.append(pid))
             assert place.report("k").phase is Phase.RUNNING
         assert kills == [child]
+        assert place.only_end("k").outcome is Outcome.LOST
+        assert not is_alive(child)
+
+    @pytest.mark.parametrize("has_variables", [True, False])
+    def test_is_not_mourned_while_a_process_is_about_to_become_another_program(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch, *, has_variables: bool
+    ) -> None:
+        """The system shows no variables of it then; of a process that was given none, never any."""
+        place.launch("k", f"sleep 100 & echo $! > {place.folder}/child; wait")
+        child = written_pid(place.folder / "child")
+        leader = place.record("k", "0", "process.json")["pid"]
+        place.kill_shim("k")
+        until(lambda: not is_alive(leader), "the leader dies with the shim, but not its child")
+        shown = place.folder / "proc" / str(child)
+        shown.mkdir(parents=True)
+        (shown / "environ").touch()
+        name, _, rest = Path(f"/proc/{child}/stat").read_text().rpartition(")")
+        fields = rest.split()
+        fields[48] = "0" if has_variables else "140728365686763"  # where its variables end
+        (shown / "stat").write_text(f"{name}) {' '.join(fields)}")
+        with monkeypatch.context() as patch:
+            patch.setattr(local, "_PROC", place.folder / "proc")
+            assert place.report("k").phase is (Phase.RUNNING if has_variables else Phase.ENDED)
+            assert is_alive(child)
         assert place.only_end("k").outcome is Outcome.LOST
         assert not is_alive(child)
 
@@ -489,7 +532,7 @@ class TestARestartOfTheMachine:
 class TestALaunchedExecution:
     def test_survives_the_death_of_its_launcher(self, place: Place) -> None:
         script = f"until [ -e {place.folder}/go ]; do sleep 0.01; done"
-        with python(LAUNCHER, place.folder, "k", script, "after the launch") as launcher:
+        with launcher_of(place, "k", script, "after the launch") as launcher:
             launcher.communicate(b"go\n")
         assert place.report("k").phase is Phase.RUNNING
         (place.folder / "go").touch()
@@ -505,7 +548,8 @@ class TestALaunchedExecution:
 
     def test_runs_at_most_so_many_tasks_at_once(self, place: Place) -> None:
         marks = place.folder / "marks"
-        script = f"echo + >> {marks}; sleep 0.1; echo - >> {marks}"
+        second = f'until [ "$(grep -c + {marks})" -ge 2 ]; do sleep 0.01; done'
+        script = f"echo + >> {marks}; {second}; sleep 0.1; echo - >> {marks}"
         place.launch("k", script, tasks=6, parallelism=2)
         assert len(place.ended("k")) == 6
         count = peak = 0
@@ -524,7 +568,8 @@ class TestALaunchedExecution:
         leader = place.record("k", "0", "process.json")["pid"]
         shim = place.record("k", "started.json")["pid"]
         directory.rename(place.folder / "elsewhere")
-        os.kill(shim, signal.SIGUSR1)  # it looks by itself every few seconds
+        with suppress(ProcessLookupError):  # it looks by itself every few seconds
+            os.kill(shim, signal.SIGUSR1)
         until(lambda: not is_alive(leader) and not is_alive(shim), "both end")
         assert place.report("k").phase is Phase.ABSENT
 
@@ -535,7 +580,8 @@ class TestALaunchedExecution:
         end = place.run("k2", "kill -40 $$")
         assert (end.exit_code, end.reason) == (168, "killed by signal 40 (a real-time signal)")
 
-    def test_that_ignores_a_cancel_is_killed_after_the_grace(self, place: Place) -> None:
+    def test_that_ignores_a_cancel_is_killed_after_the_grace(self, tmp_path: Path) -> None:
+        place = Place(tmp_path, stop_grace=0.1)
         place.launch("k", f"trap '' TERM; touch {place.folder}/up; while :; do sleep 1; done")
         until((place.folder / "up").exists, "the trap is set")
         place.backend.cancel("k")
@@ -902,7 +948,11 @@ class TestTheSpool:
             LocalSettings.model_validate({"keep": keep})
         assert LocalSettings.model_validate({"keep": "1h"}).keep == timedelta(hours=1)
 
-    def test_with_unreadable_directories_tells_of_all_others(self, place: Place) -> None:
+    def test_with_unreadable_directories_tells_of_all_others(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # One that nobody has used yet: else it may keep how it logged in the test of a command.
+        monkeypatch.setattr(local, "log", structlog.get_logger())
         place.run("good", "true")
         for key in ("folder", "odd", "list"):
             place.run(key, "true")
@@ -911,7 +961,7 @@ class TestTheSpool:
         (place.spool / "odd" / "started.json").write_text('{"pid": 1}')
         place.rewrite("list", "0", "exit.json", started_at=5)
         keys = ["folder", "good", "odd", "list", "unknown"]
-        with capture_logs() as logs:
+        with capture_logs() as every:
             reports = place.backend.poll(keys)
             assert list(place.backend.strays("test", datetime.fromtimestamp(0, UTC))) == []
             later = datetime.now(UTC) + timedelta(days=8)
@@ -920,6 +970,7 @@ class TestTheSpool:
                 "unknown": Phase.ABSENT,
             }
             assert place.backend.clean(later) == 1
+        logs = [entry for entry in every if entry.get("target") == "here"]
         assert [entry["handle"] for entry in logs[:3]] == ["folder", "odd", "list"]
         assert {entry["log_level"] for entry in logs} == {"warning"}
         assert logs[1]["why"] == "KeyError: 'started_at'"
