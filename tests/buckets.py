@@ -47,8 +47,7 @@ class FakeGcs(ThreadingHTTPServer):
 
     def account(self) -> str:
         """Give the key file, for GOOGLE_SERVICE_ACCOUNT_KEY, that leads clients here."""
-        empty = dict.fromkeys(["client_email", "private_key", "private_key_id"], "")
-        return json.dumps({"gcs_base_url": self.url, "disable_oauth": True, **empty})
+        return gcs_account(self.url)
 
 
 class _Api(BaseHTTPRequestHandler):
@@ -149,6 +148,12 @@ class _Api(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+
+def gcs_account(url: str) -> str:
+    """Give the key file that leads clients of Cloud Storage to a URL."""
+    empty = dict.fromkeys(["client_email", "private_key", "private_key_id"], "")
+    return json.dumps({"gcs_base_url": url, "disable_oauth": True, **empty})
 
 
 @contextmanager
