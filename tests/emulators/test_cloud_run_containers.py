@@ -456,6 +456,37 @@ def test_no_container_outlives_an_emulator_that_was_killed_and_others_keep_their
     assert docker.containers() == [kept]
 
 
+SLOW_ENGINE = """#!/bin/sh
+case $1 in
+    info) echo '{"cpus": 1, "memory": false, "cpu": false}' ;;
+    create) touch asked; until [ -e go ]; do sleep 0.3; done; echo made >> said ;;
+    ps) echo looked >> said ;;
+esac
+"""
+
+
+def test_containers_that_are_made_after_the_emulators_death_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tmp_path / "docker"
+    engine.write_text(SLOW_ENGINE)
+    engine.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs.yaml").write_text(f"{JOB}: {{image: any}}\n")
+    with served("--engine", "docker", "--definitions", "jobs.yaml") as (process, cloud):
+        cloud.run()
+        eventually((tmp_path / "asked").exists)
+        process.kill()
+        process.wait()
+        (tmp_path / "go").touch()
+        said = eventually(
+            lambda: (tmp_path / "said").read_text() if (tmp_path / "said").exists() else "",
+            lambda text: "looked" in text,
+        )
+    assert said.startswith("made\nlooked\n")
+
+
 def test_containers_end_with_the_command_that_is_told_to_end(
     engine: Engine, docker: Docker, tmp_path: Path
 ) -> None:
