@@ -135,7 +135,10 @@ class _Source:
     def drain(self) -> None:
         """Let the process end by itself, for a moment, and take what it still writes to its log."""
         until = time.monotonic() + _EXIT_GRACE
-        while (left := until - time.monotonic()) > 0 and (pipes := self._selector.get_map()):
+        left = _EXIT_GRACE
+        # The last look is one without waiting: this process may have been kept from the others.
+        while left > 0 and (pipes := self._selector.get_map()):
+            left = max(0.0, until - time.monotonic())
             # Only the process itself holds the pipe of items; a child of it may hold the log.
             ready = self._selector.select(left if self._items in pipes else 0)
             if not ready:

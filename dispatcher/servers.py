@@ -61,6 +61,10 @@ READY_WITHIN = 60.0
 POLL_EVERY = 0.02
 FAST_STOP = 10.0
 HARD_STOP = 5.0
+TRY_WITHIN = 2
+CONNECT_WITHIN = 30
+"""Seconds for a look whether a server answers yet, and for one that has: it may be busy."""
+
 LOG_TAIL_LINES = 15
 
 
@@ -319,9 +323,9 @@ class EmbeddedPostgres(EmbeddedServer):
         # Host and port are spelt out: PGHOST and PGPORT must not lead elsewhere.
         return f"//{SUPERUSER}@/{name}?host={where}&port={self.port or DEFAULT_PORT}"
 
-    def _connect(self) -> psycopg.Connection:
+    def _connect(self, within: int = CONNECT_WITHIN) -> psycopg.Connection:
         address = f"postgresql:{self._socket_address('postgres')}"
-        return psycopg.connect(address, connect_timeout=2, autocommit=True)
+        return psycopg.connect(address, connect_timeout=within, autocommit=True)
 
     def _prepare(self) -> None:
         self._account = self._choose_account()
@@ -456,7 +460,7 @@ class EmbeddedPostgres(EmbeddedServer):
 
     def _answers(self) -> bool:
         try:
-            self._connect().close()
+            self._connect(TRY_WITHIN).close()
         except psycopg.OperationalError:
             return False
         return self.running

@@ -44,10 +44,10 @@ class FakeGcs(Server):
 
     def account(self) -> str:
         """Give the key file, for GOOGLE_SERVICE_ACCOUNT_KEY, that leads clients here."""
-        return account_at(self.url)
+        return gcs_account(self.url)
 
 
-def account_at(url: str) -> str:
+def gcs_account(url: str) -> str:
     """Give the key file, for GOOGLE_SERVICE_ACCOUNT_KEY, that leads clients to a URL."""
     empty = dict.fromkeys(["client_email", "private_key", "private_key_id"], "")
     return json.dumps({"gcs_base_url": url, "disable_oauth": True, **empty})

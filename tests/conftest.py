@@ -7,13 +7,16 @@ TEST_DATABASE_URL to the URL of a superuser on another server to run against tha
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from databases import Databases, administrator, named
 from hypothesis import HealthCheck, settings
 from psycopg import sql
@@ -65,6 +68,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         dealt += short[:room]
         short = short[room:]
     items[:] = dealt + short
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """Undo how a command that ran in this process has set up its log: the next test has its own."""
+    root = logging.getLogger()
+    handlers, level, config = root.handlers[:], root.level, structlog.get_config()
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.configure(**config)
+    for name, module in tuple(sys.modules.items()):
+        # A logger that was used meanwhile keeps what was set then, whatever is set later.
+        logger = vars(module).get("log") if name.startswith(("dispatcher.", "workers.")) else None
+        if isinstance(logger, structlog._config.BoundLoggerLazyProxy):
+            vars(logger).pop("bind", None)
 
 
 def migrate(url: str) -> None:

@@ -31,7 +31,6 @@ from examples.bigquery_export.image.export_tables import ExportError, Exports, E
 from installation import Site
 
 pytestmark = [
-    pytest.mark.timeout(400),  # longer than any of their waits
     pytest.mark.skipif(
         not (INSTALLED / "installed.lock").exists(),
         reason="no emulators of BigQuery and Cloud Storage here: run scripts/google-emulators.sh",

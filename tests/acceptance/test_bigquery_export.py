@@ -49,8 +49,6 @@ from examples.bigquery_export.image import export_tables
 from examples.bigquery_export.image.export_tables import ExportError, Exports, Extracts, Place, Run
 from installation import Site
 
-pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
-
 
 @pytest.fixture
 def warehouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Warehouse]:

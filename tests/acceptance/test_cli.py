@@ -42,8 +42,6 @@ from dispatcher.states import ChunkState, Outcome
 from dispatcher.store import Store
 from dispatcher.testing import Ending, Fault, NullWorld
 
-pytestmark = pytest.mark.timeout(300)
-
 LONG = 90.0
 """Seconds in which a command has ended, however busy the machine is."""
 

@@ -26,8 +26,6 @@ from dispatcher.emulators.cloud_run.processes import ProcessRunner
 from examples.cloud_run_ids.emulated import emulated
 from installation import ROOT, Site
 
-pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
-
 HERE = ROOT / "examples" / "cloud_run_ids"
 IDS = [str(number) for number in range(101, 113)]
 BAD = "107"

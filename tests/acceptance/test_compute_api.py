@@ -36,8 +36,6 @@ from examples.compute_api.computations import tables
 from examples.compute_api.image import count_primes
 from installation import ROOT, Site
 
-pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
-
 HERE = ROOT / "examples" / "compute_api"
 TOKENS = {"ann-s-token": "ann", "bob-s-token": "bob"}
 ANN = {"Authorization": "Bearer ann-s-token"}

@@ -25,8 +25,6 @@ from waiting import until
 from dispatcher import container
 from dispatcher.receipts import Expected, read_receipt
 
-pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
-
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "container"
 HELPER = Path(container.__file__)

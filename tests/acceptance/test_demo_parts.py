@@ -30,8 +30,6 @@ from dispatcher import ChunkState, Dispatcher, load_config
 from dispatcher.standalone import Ports, Standalone
 from examples.export import demo, make_shop, shop, tables
 
-pytestmark = pytest.mark.timeout(400)
-
 ROOT = Path(__file__).parents[2]
 ROWS = 3000
 LONG = 120.0

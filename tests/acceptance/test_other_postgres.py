@@ -12,8 +12,6 @@ from dispatcher import BatchState, schema
 from dispatcher.servers import EmbeddedPostgres
 from installation import Site
 
-pytestmark = pytest.mark.timeout(300)
-
 JOBS = """
 targets:
   here: {backend: local, spool: SPOOL, max_running: 4}

@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias
 
 import pytest
 import yaml
-from buckets import account_at, s3_platform, serve_gcs, serve_s3
+from buckets import gcs_account, s3_platform, serve_gcs, serve_s3
 from serving import Prompt, Server
 from typer.testing import CliRunner
 from waiting import until
@@ -32,8 +32,6 @@ from dispatcher.emulators.cloud_run.processes import ProcessRunner
 from dispatcher.errors import InvalidInput
 from dispatcher.storage import Storage
 from installation import ROOT, Site
-
-pytestmark = pytest.mark.timeout(400)  # longer than any of their waits
 
 Spoil: TypeAlias = Callable[[dict[str, Any]], bytes]
 """Makes something else of a receipt."""
@@ -462,7 +460,7 @@ class TestACheck:
         with socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))  # and does not listen: nobody else can have the port
             site.environment |= {
-                "GOOGLE_SERVICE_ACCOUNT_KEY": account_at(
+                "GOOGLE_SERVICE_ACCOUNT_KEY": gcs_account(
                     f"http://127.0.0.1:{closed.getsockname()[1]}"
                 ),
                 "GOOGLE_ALLOW_HTTP": "true",

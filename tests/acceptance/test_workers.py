@@ -14,8 +14,6 @@ from dispatcher import BatchState
 from dispatcher.backends import local_shim
 from installation import ROOT, Site
 
-pytestmark = pytest.mark.timeout(300)
-
 JOBS = """
 targets:
   here: {backend: local, spool: SPOOL, max_running: 8, stop_grace: 300}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import pytest
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import run_v2
 from google.cloud.run_v2.services.executions.transports import ExecutionsGrpcTransport
 from google.cloud.run_v2.services.jobs.transports import JobsGrpcTransport
 from google.cloud.run_v2.services.tasks.transports import TasksGrpcTransport
+from waiting import until
 
 from dispatcher.emulators.cloud_run import CloudRunEmulator
 
@@ -56,7 +57,7 @@ class Cloud:
         request = run_v2.RunJobRequest(name=job)
         if overrides:
             request.overrides = Overrides(**overrides)
-        execution: run_v2.Execution = self.jobs.run_job(request, timeout=10).metadata
+        execution: run_v2.Execution = self.jobs.run_job(request, timeout=60).metadata
         return execution
 
     def finished(self, execution: run_v2.Execution) -> run_v2.Execution:
@@ -72,12 +73,18 @@ class Cloud:
 
 
 def eventually(look: Callable[[], Any], holds: Callable[[Any], bool] = bool) -> Any:
-    """Look until it holds; fail after half a minute: the machine may be busy."""
-    deadline = time.monotonic() + 30
-    while not holds(seen := look()):
-        assert time.monotonic() < deadline, f"it never came: {seen}"
-        time.sleep(0.01)
-    return seen
+    """Look until it holds; returns what was seen then."""
+    seen: list[Any] = [None]
+
+    def probe() -> bool:
+        seen[0] = look()
+        return holds(seen[0])
+
+    try:
+        until(probe)
+    except pytest.fail.Exception as failed:
+        pytest.fail(f"{failed}; seen last: {seen[0]}")
+    return seen[0]
 
 
 class Clouds(Protocol):

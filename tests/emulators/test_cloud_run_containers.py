@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -32,9 +33,33 @@ from dispatcher.emulators.cloud_run.engines import Engine, EngineName
 from dispatcher.states import Outcome
 
 SH = ["/bin/sh", "-c"]
-GREEDY = "sleep 0.5; tail /dev/zero || { code=$?; sleep 0.3; exit $code; }"
-"""Runs out of memory, but neither in its first moment nor in its last: Docker 20.10 begins to watch
-just after the start, and looks no more just after the end."""
+STEP = "until [ -e {} ]; do sleep 0.02; done; "
+
+
+class Greed:
+    """A program that runs out of memory, but neither in its first moment nor in its last.
+
+    Docker 20.10 begins to watch just after the start, and looks no more just after the end: so the
+    program waits until the engine says that it runs, and then until it has heard of the memory.
+    """
+
+    def __init__(self, docker: Docker, folder: Path) -> None:
+        self.docker = docker
+        self.began, self.known = folder / "began", folder / "known"
+        self.mounts = [folder]
+        self.script = (
+            f"{STEP.format(self.began)} tail /dev/zero || "
+            f"{{ code=$?; {STEP.format(self.known)} exit $code; }}"
+        )
+
+    def happens(self, **filters: str) -> None:
+        """Let it happen in the one container that runs."""
+        (name,) = eventually(lambda: self.docker.containers(status="running", **filters))
+        self.began.touch()
+        asked = ("events", "--since=0", "--filter=event=oom", f"--filter=container={name}")
+        eventually(lambda: self.docker(*asked, f"--until={time.time():.3f}"))
+        self.known.touch()
+
 
 MISSING = run_v2.Condition.CommonReason.CONTAINER_MISSING
 
@@ -197,9 +222,16 @@ def test_a_program_that_is_not_in_the_image_is_told_as_not_started(emulated: Emu
     assert told.status.message.startswith("The container failed to start: exec /no/such/program")
 
 
-def test_a_container_that_runs_out_of_memory_is_told_so(emulated: Emulated) -> None:
-    cloud = emulated(GREEDY, limits={"memory": "16Mi", "cpu": "8"})
-    told = result(cloud, cloud.run())
+def test_a_container_that_runs_out_of_memory_is_told_so(
+    emulated: Emulated, docker: Docker, tmp_path: Path
+) -> None:
+    greed = Greed(docker, tmp_path)
+    cloud = emulated(
+        greed.script, runner={"mounts": greed.mounts}, limits={"memory": "16Mi", "cpu": "8"}
+    )
+    execution = cloud.run()
+    greed.happens()
+    told = result(cloud, execution)
     assert (told.status.code, told.term_signal) == (8, 9)
     assert told.status.message.startswith("Memory limit of 16Mi exceeded.")
 
@@ -227,7 +259,9 @@ def test_an_attempt_that_cloud_run_repeats_is_a_container_of_its_own(emulated: E
 
 
 def test_a_cancel_sends_sigterm_and_ends_what_the_program_has_started(emulated: Emulated) -> None:
-    cloud = emulated("trap 'echo stopped; exit 3' TERM; sleep 600 & echo up; wait")
+    cloud = emulated(
+        "trap 'echo stopped; exit 3' TERM; sleep 600 & echo up; wait", runner={"stop_grace": 60}
+    )
     execution = cloud.run()
     eventually(lambda: lines(cloud))
     cloud.executions.cancel_execution(name=execution.name)
@@ -306,15 +340,17 @@ def test_a_cancel_does_not_wait_for_a_pull(emulated: Emulated) -> None:
 
     def hold() -> None:
         asked.set()
-        go_on.wait(30)
+        go_on.wait(100)  # longer than anybody here waits for the cancel
 
     with registry(hold) as host:
         cloud = emulated(image=f"{host}/repository:1")
         execution = cloud.run()
-        assert asked.wait(30)
-        cloud.executions.cancel_execution(name=execution.name)
-        assert cloud.finished(execution).cancelled_count == 1
-        go_on.set()
+        try:
+            assert asked.wait(60)
+            cloud.executions.cancel_execution(name=execution.name)
+            assert cloud.finished(execution).cancelled_count == 1
+        finally:
+            go_on.set()
 
 
 # --- an engine that fails -------------------------------------------------------------------------
@@ -344,11 +380,12 @@ def test_an_engine_that_dies_ends_its_tasks_as_a_failure_of_the_infrastructure(
 def test_an_engine_that_answers_no_more_does_not_hold_up_a_cancel(
     emulated: Emulated, docker: Docker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines_module, "CALL_SECONDS", 0.5)
-    monkeypatch.setattr(containers, "SIGNAL_SECONDS", 0.5)
     cloud = emulated("echo up; sleep 600", runner={"stop_grace": 0.1})
     execution = cloud.run()
     eventually(lambda: lines(cloud))
+    # Only now: what is called before this is answered, however long a busy engine takes.
+    monkeypatch.setattr(engines_module, "CALL_SECONDS", 0.5)
+    monkeypatch.setattr(containers, "SIGNAL_SECONDS", 0.5)
     docker.daemon.send_signal(signal.SIGSTOP)
     try:
         cloud.executions.cancel_execution(name=execution.name)
@@ -358,8 +395,11 @@ def test_an_engine_that_answers_no_more_does_not_hold_up_a_cancel(
 
 
 def test_a_container_that_somebody_removes_is_a_failure_of_the_infrastructure(
-    emulated: Emulated, docker: Docker
+    emulated: Emulated, docker: Docker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # From its end to its removal a busy engine may take longer than the second that is waited for
+    # the reason of a SIGKILL.
+    monkeypatch.setattr(containers, "KILLED_SECONDS", 60.0)
     cloud = emulated("echo up; sleep 600")
     execution = cloud.run()
     eventually(lambda: lines(cloud))
@@ -416,6 +456,37 @@ def test_no_container_outlives_an_emulator_that_was_killed_and_others_keep_their
     assert docker.containers() == [kept]
 
 
+SLOW_ENGINE = """#!/bin/sh
+case $1 in
+    info) echo '{"cpus": 1, "memory": false, "cpu": false}' ;;
+    create) touch asked; until [ -e go ]; do sleep 0.3; done; echo made >> said ;;
+    ps) echo looked >> said ;;
+esac
+"""
+
+
+def test_containers_that_are_made_after_the_emulators_death_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tmp_path / "docker"
+    engine.write_text(SLOW_ENGINE)
+    engine.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs.yaml").write_text(f"{JOB}: {{image: any}}\n")
+    with served("--engine", "docker", "--definitions", "jobs.yaml") as (process, cloud):
+        cloud.run()
+        eventually((tmp_path / "asked").exists)
+        process.kill()
+        process.wait()
+        (tmp_path / "go").touch()
+        said = eventually(
+            lambda: (tmp_path / "said").read_text() if (tmp_path / "said").exists() else "",
+            lambda text: "looked" in text,
+        )
+    assert said.startswith("made\nlooked\n")
+
+
 def test_containers_end_with_the_command_that_is_told_to_end(
     engine: Engine, docker: Docker, tmp_path: Path
 ) -> None:
@@ -428,7 +499,7 @@ def test_containers_end_with_the_command_that_is_told_to_end(
         cloud.run()
         eventually(lambda: docker.containers(status="running"), lambda seen: len(seen) == 3)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert docker.containers() == []
 
 
@@ -494,12 +565,14 @@ def test_two_chunks_run_in_containers_and_are_told_of_by_the_backend(
 
 
 def test_what_goes_wrong_with_a_container_has_its_outcome_at_the_backend(
-    emulated: Emulated,
+    emulated: Emulated, docker: Docker, tmp_path: Path
 ) -> None:
-    laptop = Laptop(emulated(runner={"stop_grace": 0.1}))
+    greed = Greed(docker, tmp_path)
+    laptop = Laptop(emulated(runner={"stop_grace": 0.1, "mounts": greed.mounts}))
     here = {"image": Docker.image, "command": SH, "limits": {"memory": "16Mi"}}
     missing = laptop.launch("[]", image="127.0.0.1:1/none:1")
-    greedy = laptop.launch("[]", **here, args=[GREEDY])
+    greedy = laptop.launch("[]", **here, args=[greed.script])
+    greed.happens()
     wrong = laptop.launch("[]", image=Docker.image, command=["/no/such"])
     endless = laptop.launch("[]", **here, args=["sleep 600"])
     laptop.backend.cancel(endless)

@@ -59,7 +59,8 @@ def test_waiting_for_an_operation_ends_with_it_or_with_its_time(opened: Open) ->
     assert waited(cloud, request).done is False
     cloud.run(env={"QUICK": "1"})
     request.name = cloud.emulator.world.executed[1].operation
-    request.timeout.seconds = 5
+    # Longer than this test may take: it ends with the operation, or too late.
+    request.timeout.seconds = 600
     assert waited(cloud, request).done is True
 
 
@@ -147,45 +148,61 @@ def test_ten_thousand_tasks_and_a_thousand_executions_need_no_thread_of_their_ow
         for _ in range(1_000):
             emulator.world.run_job(JOB, overrides())
         eventually(lambda: emulator.world.busy == 11_000)
-        assert threading.active_count() <= threads
+        # Not to the last one: those that other tests have left may start or end now.
+        assert threading.active_count() < threads + 100
         emulator.world.advance(3600)
         eventually(lambda: not emulator.world.running)
         assert len(emulator.world.starts) == 11_000
         assert len(list(clients(emulator).executions.list_executions(parent=JOB))) == 1_000
 
 
-def test_latency_is_waited_for_by_all_calls_at_once(opened: Open) -> None:
+def test_latency_is_waited_for(opened: Open) -> None:
     cloud = opened(options=EmulatorOptions(latency=0.1))
     before = time.monotonic()
-    threads = [threading.Thread(target=cloud.run) for _ in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert 0.1 <= time.monotonic() - before < 1.5
-    assert len(cloud.emulator.world.executed) == 20
+    cloud.run()
+    assert time.monotonic() - before >= 0.1
+    assert len(cloud.emulator.world.executed) == 1
 
 
-def test_an_emulator_closes_while_calls_wait_for_an_answer(clients: Clouds) -> None:
+@pytest.mark.parametrize("transport", ["grpc", "rest"])
+def test_latency_is_waited_for_by_all_calls_at_once(clients: Clouds, transport: str) -> None:
     failures: list[Exception] = []
+    with CloudRunEmulator(options=EmulatorOptions(latency=3600)) as emulator:
+        emulator.world.define("p", "r", "job")
+        threads = begun(20, clients(emulator, transport), failures)
+        eventually(lambda: emulator.calls["Jobs.RunJob"] == 20)
+        assert not emulator.world.executed
+    for thread in threads:
+        thread.join(60)
+    assert len(failures) == 20
 
-    def call(cloud: Cloud) -> None:
+
+def begun(count: int, cloud: Cloud, failures: list[Exception]) -> list[threading.Thread]:
+    """Run the job on threads; what goes wrong is added to the failures."""
+
+    def call() -> None:
         try:
             cloud.run()
         except Exception as error:  # noqa: BLE001 - which one differs by transport
             failures.append(error)
 
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_an_emulator_closes_while_calls_wait_for_an_answer(clients: Clouds) -> None:
+    failures: list[Exception] = []
     with CloudRunEmulator(faults=(lose_reply("Jobs.RunJob", "never"),)) as emulator:
         emulator.world.define("p", "r", "job")
         threads = [
-            threading.Thread(target=call, args=(clients(emulator, transport),))
-            for transport in ("grpc", "rest")
+            *begun(1, clients(emulator, "grpc"), failures),
+            *begun(1, clients(emulator, "rest"), failures),
         ]
-        for thread in threads:
-            thread.start()
         eventually(lambda: len(emulator.world.executed) == 2)
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
     assert len(failures) == 2
 
 
@@ -223,7 +240,7 @@ def emulator() -> Iterator[CloudRunEmulator]:
 def test_http_that_no_client_would_send_gets_googles_error(
     emulator: CloudRunEmulator, verb: str, path: str, body: bytes, status: int, said: str
 ) -> None:
-    answer = requests.request(verb, emulator.rest_url + path, data=body, timeout=5)
+    answer = requests.request(verb, emulator.rest_url + path, data=body, timeout=60)
     error: dict[str, Any] = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, status)
     assert said in error["message"]
@@ -232,7 +249,7 @@ def test_http_that_no_client_would_send_gets_googles_error(
 def test_enums_are_words_unless_numbers_are_asked_for(emulator: CloudRunEmulator) -> None:
     url = f"{emulator.rest_url}/v2/{JOB}"
     words, numbers = (
-        requests.get(url + query, timeout=5).json()["terminalCondition"]["state"]
+        requests.get(url + query, timeout=60).json()["terminalCondition"]["state"]
         for query in ("", "?$alt=json;enum-encoding=int")
     )
     assert (words, numbers) == ("CONDITION_SUCCEEDED", 4)

@@ -86,10 +86,10 @@ def test_counts_results_and_condition_tell_how_each_task_ended(opened: Open) -> 
 def test_the_operation_of_a_run_is_done_when_the_execution_is(opened: Open) -> None:
     cloud = opened(script=lambda start: TaskEnd(seconds=0.05, exit_code=start.index))
     operation = cloud.jobs.run_job(name=JOB)
-    assert operation.result(timeout=10).succeeded_count == 1
+    assert operation.result(timeout=60).succeeded_count == 1
     failing = cloud.jobs.run_job(run_v2.RunJobRequest(name=JOB, overrides=Overrides(task_count=2)))
     with pytest.raises(exceptions.Aborted, match="The container exited with an error"):
-        failing.result(timeout=10)
+        failing.result(timeout=60)
 
 
 def test_overrides_replace_args_merge_env_and_leave_the_job_as_it_was(opened: Open) -> None:
@@ -132,7 +132,7 @@ def test_tasks_never_run_more_at_once_than_the_job_allows(opened: Open) -> None:
     cloud = opened(script=lambda _: 10, job={"parallelism": 2})
     execution = cloud.run(task_count=7)
     assert execution.parallelism == 2
-    eventually(lambda: len(cloud.emulator.world.starts) == 2)
+    eventually(lambda: len(cloud.emulator.world.starts) >= 2)
     cloud.emulator.world.advance(1000)
     execution = cloud.finished(execution)
     assert cloud.emulator.world.most_busy == 2
@@ -238,14 +238,14 @@ def test_a_task_can_be_looked_up_by_its_name(opened: Open) -> None:
 def test_a_job_is_created_updated_and_refused_a_second_time(opened: Open) -> None:
     cloud = opened()
     job = run_v2.Job(template=template(env=[{"name": "A", "value": "1"}]), labels={"team": "x"})
-    made = cloud.jobs.create_job(parent=PARENT, job=job, job_id="made").result(timeout=10)
+    made = cloud.jobs.create_job(parent=PARENT, job=job, job_id="made").result(timeout=60)
     assert made.template.template.max_retries == 3
     assert made.template.template.timeout.total_seconds() == 600
     assert (made.template.task_count, made.generation) == (1, 1)
     with pytest.raises(exceptions.Conflict):
         cloud.jobs.create_job(parent=PARENT, job=job, job_id="made")
     made.template.parallelism = 4
-    newer = cloud.jobs.update_job(job=made).result(timeout=10)
+    newer = cloud.jobs.update_job(job=made).result(timeout=60)
     assert (newer.template.parallelism, newer.generation) == (4, 2)
     # `made` has the etag of the first version.
     with pytest.raises(exceptions.Conflict):
@@ -264,7 +264,7 @@ def test_an_update_of_a_job_that_is_missing_creates_it_only_if_asked_to(opened: 
 def test_a_start_token_names_the_execution_and_starts_it_once(opened: Open) -> None:
     cloud = opened()
     job = run_v2.Job(template=template(), start_execution_token="a1")  # noqa: S106 - a name
-    made = cloud.jobs.create_job(parent=PARENT, job=job, job_id="strict").result(timeout=10)
+    made = cloud.jobs.create_job(parent=PARENT, job=job, job_id="strict").result(timeout=60)
     latest = cloud.jobs.get_job(name=made.name).latest_created_execution
     assert latest.name == f"{PARENT}/jobs/strict/executions/strict-a1"
     made.etag = ""

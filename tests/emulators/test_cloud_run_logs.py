@@ -79,13 +79,13 @@ def test_lines_are_read_over_rest_too(cloud: Cloud) -> None:
     answer = requests.post(
         f"{cloud.emulator.rest_url}/v2/entries:list",
         json={"resourceNames": ["projects/p"], "filter": filter_of(execution, 0)},
-        timeout=5,
+        timeout=60,
     )
     assert [one["textPayload"] for one in answer.json()["entries"]] == [
         "task 0 begins",
         "something is odd",
     ]
-    wrong = requests.post(f"{cloud.emulator.rest_url}/v2/entries:list", json={}, timeout=5)
+    wrong = requests.post(f"{cloud.emulator.rest_url}/v2/entries:list", json={}, timeout=60)
     assert wrong.status_code == 400
     assert wrong.json()["error"]["status"] == "INVALID_ARGUMENT"
 

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from dispatcher.cli import app
 from dispatcher.emulators.cloud_run import CloudRunEmulator, process_guard
+from dispatcher.emulators.cloud_run.following import pass_on_lines
 from dispatcher.emulators.cloud_run.processes import ProcessRunner
 
 SH = ["/bin/sh", "-c"]
@@ -95,7 +96,7 @@ def test_a_process_that_a_signal_ends_has_no_exit_code(emulated: Callable[..., C
 
 
 def test_a_cancel_sends_sigterm_and_ends_the_whole_group(emulated: Callable[..., Cloud]) -> None:
-    cloud = emulated("trap 'echo stopped; exit 3' TERM; sleep 600 & echo $!; wait")
+    cloud = emulated("trap 'echo stopped; exit 3' TERM; sleep 600 & echo $!; wait", stop_grace=60)
     execution = cloud.run()
     ((_, child, _),) = eventually(lambda: lines(cloud))
     cloud.executions.cancel_execution(name=execution.name)
@@ -132,6 +133,23 @@ def test_processes_end_with_the_emulator(clients: Clouds) -> None:
         cloud.run(task_count=3)
         pids = [int(text) for _, text, _ in eventually(lambda: lines(cloud), lambda s: len(s) == 3)]
     assert not any(is_alive(pid) for pid in pids)
+
+
+def test_what_a_process_writes_at_its_very_end_is_kept() -> None:
+    """Also if it comes after a look that found nothing, while something else holds the output."""
+    script = "sleep 600 & echo $!; read -r line; echo last words"
+    kept: list[str] = []
+    with subprocess.Popen([*SH, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+
+        def is_over() -> bool:
+            if kept and process.stdin is not None and not process.stdin.closed:
+                process.stdin.close()
+                process.wait()
+            return process.returncode is not None
+
+        pass_on_lines(process, lambda line: kept.append(line.text), is_over)
+    os.kill(int(kept[0]), signal.SIGKILL)
+    assert kept[1:] == ["last words"]
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -185,7 +203,7 @@ def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
             lambda: pids.read_text().split() if pids.exists() else [], lambda seen: len(seen) == 2
         )
         one.process.send_signal(signal.SIGTERM)
-        assert one.process.wait(10) == 0
+        assert one.process.wait(60) == 0
         assert not any(is_alive(int(pid)) for pid in found)
 
 

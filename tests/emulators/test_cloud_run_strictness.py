@@ -223,12 +223,12 @@ def test_a_burst_of_429_can_be_had_by_a_fault(opened: Open) -> None:
 
 
 def test_no_more_executions_run_than_the_region_allows(opened: Open) -> None:
-    cloud = opened(script=lambda _: 30, options=EmulatorOptions(max_running=2))
+    cloud = opened(script=lambda _: 300, options=EmulatorOptions(max_running=2))
     runs = [cloud.run(), cloud.run()]
     with pytest.raises(exceptions.TooManyRequests, match="2 executions are running"):
         cloud.run()
     eventually(lambda: cloud.emulator.world.busy == 2)
-    cloud.emulator.world.advance(31)
+    cloud.emulator.world.advance(301)
     for one in runs:
         cloud.finished(one)
     cloud.run()

@@ -199,7 +199,7 @@ def database(database_url: str) -> Iterator[Database]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(120 + 5 * EXAMPLES)
+@pytest.mark.timeout(600 + 10 * EXAMPLES)
 @settings(
     max_examples=EXAMPLES,
     deadline=None,

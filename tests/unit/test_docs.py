@@ -66,6 +66,7 @@ def test_the_generated_parts_are_as_the_code_says() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.timeout(600)  # three programs that import everything, one after the other
 def test_a_part_that_differs_is_named_and_made_anew(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     (tmp_path / "docs").mkdir()

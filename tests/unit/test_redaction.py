@@ -91,10 +91,10 @@ def test_nested_values_are_redacted_at_each_depth() -> None:
 )
 def test_a_text_of_a_megabyte_is_masked_at_once(part: str) -> None:
     text = part * (1_000_000 // len(part))
-    before = time.process_time()
+    before = time.thread_time()
     mask_url(text)
     # Quadratic, 122 KB of URLs took 4 s; as it is, a megabyte takes less than 0.1 s.
-    assert time.process_time() - before < 2
+    assert time.thread_time() - before < 10
 
 
 @pytest.mark.parametrize("length", [0, 1999, 2000])

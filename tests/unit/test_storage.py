@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from buckets import gcs_account, s3_platform
 
 from dispatcher import storage
 from dispatcher.errors import DispatcherError, InvalidItems, Unreachable
@@ -162,25 +162,23 @@ class _Bucket(BaseHTTPRequestHandler):
         """The test's output is not the place."""
 
 
+def leads_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have all buckets looked for at a URL."""
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", gcs_account(url))
+    monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
+    for name, value in s3_platform(url).items():
+        monkeypatch.setenv(name, value)
+
+
 class TestBuckets:
     @pytest.fixture
-    def bucket(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    def bucket(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with ThreadingHTTPServer(("127.0.0.1", 0), _Bucket) as server:
             thread = threading.Thread(target=server.serve_forever, args=(0.01,))
             thread.start()
-            monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-            monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
-            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anyone")
-            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
-            account = {
-                "gcs_base_url": f"http://127.0.0.1:{server.server_port}",
-                "disable_oauth": True,
-                **dict.fromkeys(["client_email", "private_key", "private_key_id"], ""),
-            }
-            monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
-            monkeypatch.setenv("GOOGLE_ALLOW_HTTP", "true")
+            leads_to(f"http://127.0.0.1:{server.server_port}", monkeypatch)
             try:
-                yield server
+                yield
             finally:
                 server.shutdown()
                 thread.join()
@@ -211,10 +209,9 @@ class TestBuckets:
         )
 
     def test_a_storage_that_does_not_answer_is_unreachable(
-        self, bucket: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+        self, deserted: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        bucket.shutdown()  # or it might just be looking at the socket
-        bucket.server_close()
+        leads_to(deserted, monkeypatch)
         monkeypatch.setattr(storage, "_RETRY", {"max_retries": 0})
         said = refusal("s3://b/a.jsonl", Unreachable)
         assert "Debug" not in said

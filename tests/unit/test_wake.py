@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def silent_broker() -> Iterator[tuple[str, threading.Event]]:
             yield f"redis://127.0.0.1:{server.getsockname()[1]}/0", connected
         finally:
             server.shutdown(socket.SHUT_RDWR)
-            thread.join(5)
+            thread.join(60)
             for connection in open_ones:
                 connection.close()
 
@@ -73,14 +73,12 @@ HANGING = """
     waker = Waker(sys.argv[1])
     waker.tap(PLAN, batch_id="first")
     sys.stdin.readline()
-    worst = 0.0
-    for number in range(1000):
-        began = time.perf_counter()
-        waker.tap(PLAN, batch_id=str(number))
-        worst = max(worst, time.perf_counter() - began)
     began = time.perf_counter()
+    for number in range(1000):
+        waker.tap(PLAN, batch_id=str(number))
+    tapped = time.perf_counter()
     waker.close()
-    print(worst, waker._taps.qsize(), time.perf_counter() - began)
+    print(tapped - began, waker._taps.qsize(), time.perf_counter() - tapped)
 """
 
 
@@ -94,45 +92,55 @@ def test_a_broker_that_hangs_holds_up_neither_a_tap_nor_the_end_of_the_process()
             text=True,
         ) as process,
     ):
-        assert connected.wait(30), "the first tap is on its way, and hangs"
+        assert connected.wait(60), "the first tap is on its way, and hangs"
         began = time.monotonic()
-        told, _ = process.communicate("go on\n", timeout=60)
+        told, _ = process.communicate("go on\n", timeout=100)
         took = time.monotonic() - began
     assert process.returncode == 0
-    worst, waiting, closing = map(float, told.splitlines()[-1].split())
-    assert worst < 0.5
+    tapping, waiting, closing = map(float, told.splitlines()[-1].split())
+    # Nine hundred that wait for room would wait ten seconds each, and so would each that is sent.
+    assert tapping < 30.0
     assert waiting == WAITING, "taps are dropped, and memory is not filled with them"
-    assert closing < 2.0
-    assert took < 10.0
+    assert closing < 30.0
+    assert took < 60.0
+
+
+def warnings(monkeypatch: pytest.MonkeyPatch) -> Callable[[Waker], list[str]]:
+    """What the thread of a waker warns of; threads that other tests have left may do so too."""
+    told: list[tuple[threading.Thread, str]] = []
+
+    def note(text: str, **_: object) -> None:
+        told.append((threading.current_thread(), text))
+
+    monkeypatch.setattr(wake.log, "warning", note)
+    return lambda waker: [text for thread, text in told if thread is waker._thread]
 
 
 @pytest.mark.parametrize("waiting", [1, WAITING + 2])
 def test_a_sender_that_was_left_behind_says_nothing_more_and_ends(
     monkeypatch: pytest.MonkeyPatch, waiting: int
 ) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(wake.log, "warning", lambda text, **_: told.append(text))
+    told = warnings(monkeypatch)
     with silent_broker() as (url, connected):
         waker = Waker(url)
         waker.tap(PLAN, batch_id="first")
-        assert connected.wait(30), "the first tap is on its way, and hangs"
+        assert connected.wait(60), "the first tap is on its way, and hangs"
         for number in range(waiting):
             waker.tap(PLAN, batch_id=str(number))
         waker.close(timeout=0.1)
         thread = waker._thread
         assert thread is not None
         assert thread.is_alive()
-    thread.join(30)  # the broker has hung up on it
+    thread.join(60)  # the broker has hung up on it
     assert not thread.is_alive()
-    assert told == []
+    assert told(waker) == []
 
 
 def test_a_broker_that_is_gone_is_told_of_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By a transport that fails at once: its folder is not there."""
-    told: list[str] = []
-    monkeypatch.setattr(wake.log, "warning", lambda text, **_: told.append(text))
+    told = warnings(monkeypatch)
     monkeypatch.chdir(tmp_path)
     waker = Waker("filesystem://")
     for _ in range(3):
@@ -140,7 +148,7 @@ def test_a_broker_that_is_gone_is_told_of_once(
     waker.close(timeout=60)
     assert waker._thread is not None
     assert not waker._thread.is_alive()
-    assert told == ["the broker does not take taps; clocks will do"]
+    assert told(waker) == ["the broker does not take taps; clocks will do"]
 
 
 def test_a_waker_may_be_closed_twice() -> None:

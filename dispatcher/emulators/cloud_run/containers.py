@@ -187,7 +187,10 @@ class _Container:
             words += ["--entrypoint", start.command[0]]
         try:
             self._engine.call(
-                *words, "--", start.image, *start.command[1:], *start.args, text=text, env=env
+                *(*words, "--", start.image, *start.command[1:], *start.args),
+                text=text,
+                env=env,
+                pass_fds=self._guard.making,
             )
             attached = self._open("start", "--attach", self._name, starts=True)
             if attached is None:

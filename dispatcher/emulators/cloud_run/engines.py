@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -85,18 +85,25 @@ class Engine:
             ) from error
         return cls(name, path, facts["cpus"], _limits(facts))
 
-    def call(self, *words: str, text: str = "", env: Mapping[str, str] | None = None) -> str:
+    def call(
+        self,
+        *words: str,
+        text: str = "",
+        env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+    ) -> str:
         """Call the engine; returns what it says.
 
         Args:
             words: after the command's name.
             text: for its standard input.
             env: variables on top of the emulator's own, which the engine's command needs.
+            pass_fds: open files that it inherits.
 
         Raises:
             EngineFailed: it refused, did not answer in time, or is not there any more.
         """
-        return _call([self.path, *words], text=text, env=env)
+        return _call([self.path, *words], text=text, env=env, pass_fds=pass_fds)
 
     def open(self, *words: str) -> subprocess.Popen[bytes]:
         """Start a call that may take long, and which leads a process group of its own.
@@ -170,6 +177,7 @@ def _call(
     *,
     text: str = "",
     env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
     timeout: float | None = None,
 ) -> str:
     timeout = timeout or CALL_SECONDS
@@ -179,6 +187,7 @@ def _call(
             input=text.encode(),
             env={**os.environ, **(env or {})},
             capture_output=True,
+            pass_fds=pass_fds,
             start_new_session=True,
             timeout=timeout,
             check=False,

@@ -89,8 +89,10 @@ def pass_on_lines(
                 selector.register(pipe, selectors.EVENT_READ)
                 kept[pipe] = b""
         while selector.get_map():
+            # Asked before the look: what was written up to the end is then seen, however late.
+            over = is_over()
             ready = selector.select(LOOK_SECONDS)
-            if not ready and is_over():
+            if over and not ready:
                 break
             for key, _ in ready:
                 pipe = key.fileobj  # type: ignore[assignment]  # one of the two above

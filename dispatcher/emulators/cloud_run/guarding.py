@@ -5,6 +5,7 @@ It is started with the first attempt, and lives until the emulator has ended, ho
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -28,17 +29,27 @@ class Guard:
         self._words = words
         self._lock = threading.Lock()
         self._popen: subprocess.Popen[bytes] | None = None
+        self._making: int | None = None
 
     def open(self) -> None:
         """Start the program, if it has not been."""
         with self._lock:
             if self._popen is None:
+                its_end, self._making = os.pipe()
                 self._popen = subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(PROGRAM), *self._words],
+                    [sys.executable, "-I", "-S", str(PROGRAM), str(its_end), *self._words],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,  # who reads the emulator's must not wait for it
+                    pass_fds=(its_end,),
                     start_new_session=True,
                 )
+                os.close(its_end)
+
+    @property
+    def making(self) -> tuple[int, ...]:
+        """The file that a call inherits that makes a container: what is left is sought after it."""
+        with self._lock:
+            return () if self._making is None else (self._making,)
 
     def watch(self, group: int) -> None:
         """Have a process group killed if the emulator dies."""
@@ -53,8 +64,11 @@ class Guard:
         self._tell("done")
         with self._lock:
             popen, self._popen = self._popen, None
+            making, self._making = self._making, None
         if popen is not None:
             popen.communicate()
+        if making is not None:
+            os.close(making)
 
     def _tell(self, word: str) -> None:
         with self._lock:

@@ -3,13 +3,15 @@
 `guarding.py` starts one and tells it over a pipe which process groups live: `+PID` and `-PID`, a
 line each. When the pipe ends, however the emulator died, it kills the groups that are left. Given
 the path of a container engine's command and a label, it then removes every container with that
-label. The line `done` says that nothing is being made any more: one look is enough then.
+label, once a second pipe has ended, which each call inherits that makes one. The line `done` says
+that nothing is being made any more: one look is enough then.
 Standard library only: it runs without site-packages. Not for import.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ LOOK_SECONDS = 0.2
 CALL_SECONDS = 30.0
 
 
-def watch(engine: list[str]) -> None:
+def watch(making: int, engine: list[str]) -> None:
     """Read the pipe to its end, then kill and remove."""
     alive: set[int] = set()
     done = False
@@ -48,6 +50,9 @@ def watch(engine: list[str]) -> None:
             continue  # it has ended meanwhile
     if engine:
         command, label = engine
+        if not done:
+            # It is never written to: it can be read when the last call that had it is over.
+            select.select([making], [], [], PATIENCE_SECONDS)
         patience = PATIENCE_WHEN_DONE_SECONDS if done else PATIENCE_SECONDS
         remove(command, label, settle=0.0 if done else SETTLE_SECONDS, patience=patience)
 
@@ -90,4 +95,4 @@ def call(*words: str) -> str:
 
 
 if __name__ == "__main__":
-    watch(sys.argv[1:])
+    watch(int(sys.argv[1]), sys.argv[2:])
