@@ -1,10 +1,9 @@
 """Databases for tests: copies of one that was migrated once, and used again when they are clean.
 
-A copy is some 340 files. To make them and to remove them for each test was a quarter of what the
-whole suite cost, and far more where a file system is slow to take back what was just removed. A
-database that comes back is emptied instead. What `clean` does not undo, it finds, and then the
-database is dropped: whatever a test did, the next one has what a new copy would have. It also has
-another name, so that a process that outlived its test does not find it.
+A copy is some 340 files. Where a file system is slow to give out again what was just removed, a
+copy for each test that needs one costs more than the test. A database that comes back is emptied
+instead. What is not undone so is looked for, and if something is found, the database is dropped. It
+also gets another name, so that a process that outlived its test does not find it.
 """
 
 from __future__ import annotations
