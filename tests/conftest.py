@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Iterator
@@ -84,6 +85,14 @@ def _log_as_it_was() -> Iterator[None]:
         logger = vars(module).get("log") if name.startswith(("dispatcher.", "workers.")) else None
         if isinstance(logger, structlog._config.BoundLoggerLazyProxy):
             vars(logger).pop("bind", None)
+
+
+@pytest.fixture
+def dead_port() -> Iterator[int]:
+    """A port of this machine on which nobody listens, or can begin to while the test lasts."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def migrate(url: str) -> None:

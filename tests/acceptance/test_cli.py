@@ -221,14 +221,6 @@ class Desk:
 
 
 @pytest.fixture
-def dead_port() -> Iterator[int]:
-    """A port on which nobody listens, or can listen while the test lasts."""
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
-
-
-@pytest.fixture
 def desk(tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     monkeypatch.chdir(tmp_path)
     root = logging.getLogger()

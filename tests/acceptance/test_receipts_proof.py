@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -456,17 +455,13 @@ class TestACheck:
             "credentials of this machine may do there"
         ) in said
 
-    def test_finds_that_nobody_answers(self, site: Site) -> None:
-        with socket.socket() as closed:
-            closed.bind(("127.0.0.1", 0))  # and does not listen: nobody else can have the port
-            site.environment |= {
-                "GOOGLE_SERVICE_ACCOUNT_KEY": gcs_account(
-                    f"http://127.0.0.1:{closed.getsockname()[1]}"
-                ),
-                "GOOGLE_ALLOW_HTTP": "true",
-                "DISPATCHER_STORAGE_URL": "gs://bucket/x",
-            }
-            code, level, said = checked(site, "storage")
+    def test_finds_that_nobody_answers(self, site: Site, dead_port: int) -> None:
+        site.environment |= {
+            "GOOGLE_SERVICE_ACCOUNT_KEY": gcs_account(f"http://127.0.0.1:{dead_port}"),
+            "GOOGLE_ALLOW_HTTP": "true",
+            "DISPATCHER_STORAGE_URL": "gs://bucket/x",
+        }
+        code, level, said = checked(site, "storage")
         assert (code, level) == (4, "fail")
         assert "cannot read gs://bucket/x/checks/" in said
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Iterator
 
 import pytest
 
@@ -31,8 +29,6 @@ def boot_that_waits(seconds: float) -> str:
 
 
 @pytest.fixture
-def nobody() -> Iterator[str]:
+def nobody(dead_port: int) -> str:
     """An address at which nobody listens, and nobody else can begin to."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{held.getsockname()[1]}"
+    return f"127.0.0.1:{dead_port}"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,11 +8,9 @@ from buckets import serve_s3
 
 
 @pytest.fixture
-def deserted() -> Iterator[str]:
-    """A URL where nobody answers, nor can begin to: its port is taken, and not listened at."""
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{holder.getsockname()[1]}"
+def deserted(dead_port: int) -> str:
+    """A URL where nobody answers, nor can begin to."""
+    return f"http://127.0.0.1:{dead_port}"
 
 
 @pytest.fixture(scope="module")
