@@ -432,6 +432,9 @@ def _of_chunk(case: _Case, chunk: Chunk) -> Iterator[Point]:
     if chunk.state in (ChunkState.SUCCEEDED, ChunkState.FAILED, ChunkState.CANCELLED):
         yield _final_chunk(case, chunk)
         return
+    if chunk.state is ChunkState.SPLIT:
+        yield _split_chunk(case, chunk)
+        return
     hindrances = list(_service(case))
     yield from hindrances
     stored = queries.chunk_standing(case.store, case.batch.id, chunk.index)
@@ -480,6 +483,27 @@ def _final_chunk(case: _Case, chunk: Chunk) -> Point:
     why = f": {_told(chunk.reason)}" if chunk.reason else ""
     return Point(
         str(chunk.state), f"{what}{why}.{_retry_advice(case)}{_lines_of(chunk.reason)}", facts
+    )
+
+
+def _split_chunk(case: _Case, chunk: Chunk) -> Point:
+    """Say where the items of a chunk go on that is itself no more."""
+    finished = chunk.finished_at or case.now
+    parts = queries.parts(case.store, case.batch.id, chunk.index)
+    where = f"chunk{'' if len(parts) == 1 else 's'} {_listed(map(str, parts))}"
+    why = f": {_told(chunk.reason)}" if chunk.reason else ""
+    return Point(
+        "split",
+        f"Chunk {chunk.index} was split {ago(finished, case.now)} after "
+        f"attempt {len(chunk.attempts)}{why}. Its items go on in {where}."
+        f"{_lines_of(chunk.reason)}",
+        {
+            "attempts": len(chunk.attempts),
+            "outcome": chunk.outcome,
+            "finished_at": finished,
+            "reason": chunk.reason,
+            "parts": parts,
+        },
     )
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "last_firings",
     "live",
     "next_retry",
+    "parts",
     "read_batch",
     "refused_for_now",
     "silent_leader",
@@ -861,6 +862,21 @@ def chunk_standing(store: Store, batch_id: str, index: int) -> ChunkStanding:
             index=index,
         ).first()
         return ChunkStanding(None, None, 0, None) if row is None else ChunkStanding(*row)
+
+
+def parts(store: Store, batch_id: str, index: int) -> list[int]:
+    """Find the chunks that one was split into."""
+    with store.transaction() as tx:
+        rows = store.run(
+            tx,
+            """
+            SELECT index FROM dispatcher.chunk
+            WHERE batch_id = :id AND parent = :index ORDER BY index
+            """,
+            id=batch_id,
+            index=index,
+        )
+        return list(rows.scalars())
 
 
 def troubled(store: Store, batch_id: str) -> set[int]:

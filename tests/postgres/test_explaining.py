@@ -604,6 +604,27 @@ def test_an_attempt_that_is_settled_while_one_asks_is_no_error(bench: Bench) -> 
     bench.sql("UPDATE dispatcher.execution SET batch_id = :id", id=batch.id)
 
 
+def test_a_chunk_that_was_split_names_the_chunks_in_which_its_items_go_on(
+    make_bench: MakeBench,
+) -> None:
+    split = {"attempts": 1, "on_failure": "split"}
+    bench = make_bench(job(chunk={"size": 4}, retry=split, receipt="ignored"))
+    awake(bench)
+    bench.world.script = lambda _batch, chunk, _attempt: (
+        Ending(Outcome.FAILED, exit_code=1) if chunk == 0 else LONG
+    )
+    batch = bench.enqueue(range(4))
+    bench.turn()
+    bench.turn(2)
+    bench.advance(600)
+    said = told(bench, batch, 0)
+    assert said.text == (
+        f"Chunk 0 was split 10 min ago ({at(bench, -600)}) after attempt 1: failed with exit code "
+        "1; 1 of 1 attempts used. Its items go on in chunks 1 and 2."
+    )
+    assert reason(said, "split")["parts"] == [1, 2]
+
+
 # --- cancel, deadline -----------------------------------------------------------------------------
 
 

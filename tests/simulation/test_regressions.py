@@ -11,6 +11,7 @@ from simulation.story import (
     Continue,
     Database,
     Enqueue,
+    Explain,
     Fails,
     Follow,
     Launch,
@@ -87,6 +88,15 @@ def test_a_call_that_is_refused_for_ever_is_no_end_of_the_turn(
         Strays(),
     ]
     tell(database, Provider(second_never_starts=True), trouble)
+
+
+def test_a_chunk_that_was_split_is_explained(database: Database) -> None:
+    attempt: list[Step] = [Launch(), Advance(65), Follow(), Advance(20)]
+    tell(
+        database,
+        Provider(),
+        [Enqueue("halved", items=2), Sweep(), *attempt, *attempt, Explain()],
+    )
 
 
 def test_an_old_look_and_a_late_answer_do_not_start_a_key_twice(database: Database) -> None:
