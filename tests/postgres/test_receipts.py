@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -999,7 +998,7 @@ def test_progress_that_is_slow_to_read_holds_no_settle_up(
     bench.turn(1)
     try:
         with monkeypatch.context() as patient:
-            patient.setattr(receipts_module, "time", SimpleNamespace(monotonic=monotonic))
+            patient.setattr(receipts_module, "boottime", monotonic)
             assert bench.engine.follow_progress(HERE) == 0, "and this turn is over"
         settle = threading.Thread(target=bench.turn, args=(12,))
         settle.start()
