@@ -113,10 +113,9 @@ def find_chunk(store: Store, batch: BatchView, index: int, *, items: bool = Fals
     found = next(queries.chunks(store, batch.id, index=index, items=items), None)
     if found is not None:
         return found
-    if not batch.chunk_count:
-        why = f"it has none, and is {batch.state}"
-    else:
-        why = f"its chunks are 0 to {batch.chunk_count - 1}"
+    # Also those that were split, which its count leaves out.
+    last = sum(batch.counts.values()) - 1
+    why = f"it has none, and is {batch.state}" if last < 0 else f"its chunks are 0 to {last}"
     raise InvalidInput(f"batch {batch.id} has no chunk {index}: {why}")
 
 

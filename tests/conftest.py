@@ -44,12 +44,17 @@ pytest-xdist has one, which takes some 200 MB, and a test or two fill hundreds m
 
 
 def pytest_configure() -> None:
-    """Take ^C as from a terminal, also where a shell began this run in the background.
-
-    Such a shell has it ignored, and so would every process that a test starts to interrupt it.
-    """
+    """Set up what a shell, or a library, would have otherwise."""
+    # A shell that began this run in the background has ^C ignored, and so would every process that
+    # a test starts to interrupt it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # With rich at hand structlog shows the variables of each frame: a second for a traceback.
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    processors = structlog.get_config()["processors"]
+    processors[:] = [
+        plain if isinstance(one, structlog.dev.ConsoleRenderer) else one for one in processors
+    ]
 
 
 # What is imported and collected stays until the end. The collector of garbage looks for nothing in

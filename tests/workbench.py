@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 from lifecycle import assert_invariants
-from waiting import until
 
 from dispatcher import schema
 from dispatcher.backends.base import Backend
@@ -28,7 +27,6 @@ from dispatcher.testing import Ending, NullSettings, NullWorld
 HERE: Final = "here"
 NOW: Final = "public.bench_now()"
 LEASE: Final = timedelta(days=3650)
-eventually = until
 
 CLOCK: Final = (
     "CREATE TABLE public.bench_clock (at timestamptz NOT NULL)",

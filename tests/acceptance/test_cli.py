@@ -28,7 +28,6 @@ from typing import Any
 
 import psycopg
 import pytest
-import structlog
 import typer.main
 from typer.testing import CliRunner
 from waiting import until
@@ -223,16 +222,11 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     NullWorld.forget("nowhere")
     made = Desk(tmp_path, database_url)
     yield made
     made.close()
     NullWorld.forget("nowhere")
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    structlog.reset_defaults()
 
 
 # --- help -----------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ targets:
     reads_per_minute: 60000
     writes_per_minute: 60000
     call_timeout: 4s
-    find_grace: 4s
+    find_grace: 6s
     poll_interval: 1s
 jobs:
   etl:
@@ -70,7 +70,7 @@ def test_lost_replies_and_killed_workers_start_nothing_twice_and_lose_nothing(
 ) -> None:
     site.write_jobs(JOBS.replace("ENDPOINT", emulator.grpc_address))
     hurry(site)
-    misbehave(emulator, list_lag=3.0)  # less than find_grace, for a call that begins late
+    misbehave(emulator, list_lag=5.0)
     nursery = Nursery(site)
     try:
         workers = staff(nursery)

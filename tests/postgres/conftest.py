@@ -6,24 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import pytest
-import structlog
 from workbench import Bench, job
 
 MakeBench: TypeAlias = Callable[..., Bench]
-
-
-@pytest.fixture(autouse=True)
-def plain_tracebacks() -> Iterator[None]:
-    """Log tracebacks as text: with the variables of each frame, one takes a second."""
-    # The list itself is changed: a logger may have been told to keep it.
-    processors = structlog.get_config()["processors"]
-    before = list(processors)
-    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
-    processors[:] = [
-        plain if isinstance(one, structlog.dev.ConsoleRenderer) else one for one in before
-    ]
-    yield
-    processors[:] = before
 
 
 @pytest.fixture

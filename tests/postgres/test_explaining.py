@@ -623,6 +623,8 @@ def test_a_chunk_that_was_split_names_the_chunks_in_which_its_items_go_on(
         "1; 1 of 1 attempts used. Its items go on in chunks 1 and 2."
     )
     assert reason(said, "split")["parts"] == [1, 2]
+    with pytest.raises(InvalidInput, match=r" has no chunk 3: its chunks are 0 to 2$"):
+        told(bench, batch, 3)
 
 
 # --- cancel, deadline -----------------------------------------------------------------------------
