@@ -21,6 +21,7 @@ from urllib.parse import urlparse
 
 import pytest
 import structlog
+from processes import is_alive
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 from waiting import until
@@ -130,10 +131,6 @@ def place(tmp_path: Path) -> Iterator[Place]:
         place.ended(stray.handle)
 
 
-def is_alive(pid: int) -> bool:
-    return local_shim.process_start(pid) is not None
-
-
 def has_become_sleep(pid: int) -> bool:
     """Whether the shell's child is what it is to be, and shows its variables again."""
     shown = Path(f"/proc/{pid}")
@@ -142,6 +139,16 @@ def has_become_sleep(pid: int) -> bool:
 
 def written_pid(path: Path) -> int:
     return int(until(lambda: path.exists() and path.read_text().strip(), f"{path} is written"))
+
+
+def outlive_shim(place: Place) -> int:
+    """Launch a task whose shim and first process are dead; return the number of its child."""
+    place.launch("k", f"sleep 100 & echo $! > {place.folder}/child; wait")
+    child = written_pid(place.folder / "child")
+    leader = place.record("k", "0", "process.json")["pid"]
+    place.kill_shim("k")
+    until(lambda: not is_alive(leader), "the leader dies with the shim, but not its child")
+    return child
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[bytes]:
@@ -409,11 +416,7 @@ class TestAShimThatDies:
     def test_is_not_mourned_before_its_last_process_is_gone(
         self, place: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        place.launch("k", f"sleep 100 & echo $! > {place.folder}/child; wait")
-        child = written_pid(place.folder / "child")
-        leader = place.record("k", "0", "process.json")["pid"]
-        place.kill_shim("k")
-        until(lambda: not is_alive(leader), "the leader dies with the shim, but not its child")
+        child = outlive_shim(place)
         until(lambda: has_become_sleep(child), "its child runs")
         kills: list[int] = []
         with monkeypatch.context() as patch:
@@ -428,11 +431,7 @@ class TestAShimThatDies:
         self, place: Place, monkeypatch: pytest.MonkeyPatch, *, has_variables: bool
     ) -> None:
         """The system shows no variables of it then; of a process that was given none, never any."""
-        place.launch("k", f"sleep 100 & echo $! > {place.folder}/child; wait")
-        child = written_pid(place.folder / "child")
-        leader = place.record("k", "0", "process.json")["pid"]
-        place.kill_shim("k")
-        until(lambda: not is_alive(leader), "the leader dies with the shim, but not its child")
+        child = outlive_shim(place)
         shown = place.folder / "proc" / str(child)
         shown.mkdir(parents=True)
         (shown / "environ").touch()

@@ -19,6 +19,7 @@ from google.cloud.logging_v2.services.logging_service_v2 import LoggingServiceV2
 from google.cloud.logging_v2.services.logging_service_v2.transports import (
     LoggingServiceV2GrpcTransport,
 )
+from processes import is_alive
 from typer.testing import CliRunner
 
 from dispatcher.cli import app
@@ -46,14 +47,6 @@ def emulated(clients: Clouds) -> Iterator[Callable[..., Cloud]]:
 def lines(cloud: Cloud) -> list[tuple[int, str, bool]]:
     entries = cloud.emulator.world.journal.entries()
     return sorted((one.task_index, one.line.text, one.line.error) for one in entries)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
 
 
 def test_a_process_gets_its_variables_and_its_lines_are_kept(

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import psycopg
 import pytest
 from kombu.connection import Connection
+from processes import is_alive
 from waiting import until
 
 from dispatcher import servers
@@ -60,13 +61,6 @@ def port() -> Iterator[int]:
 
 def connect(server: EmbeddedPostgres, database: str = "postgres") -> psycopg.Connection:
     return psycopg.connect(server.url(database).replace("+psycopg", "", 1), autocommit=True)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # the second if it goes between two looks
-        return False
 
 
 def test_postgres_keeps_its_data_over_a_restart(directory: Path) -> None:
