@@ -53,6 +53,16 @@ It runs until ^C.
 """
 
 
+def _port_option(api: str) -> Any:
+    return typer.Option(
+        min=0,
+        max=HIGHEST_PORT,
+        metavar="PORT",
+        help=f"Loopback port of {api}.",
+        show_default="a free one",
+    )
+
+
 def cloud_run(
     scope: Any,
     *,
@@ -114,26 +124,8 @@ def cloud_run(
             '"share": 0.3}].',
         ),
     ] = None,
-    grpc_port: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=HIGHEST_PORT,
-            metavar="PORT",
-            help="Loopback port of gRPC.",
-            show_default="a free one",
-        ),
-    ] = 0,
-    rest_port: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=HIGHEST_PORT,
-            metavar="PORT",
-            help="Loopback port of REST.",
-            show_default="a free one",
-        ),
-    ] = 0,
+    grpc_port: Annotated[int, _port_option("gRPC")] = 0,
+    rest_port: Annotated[int, _port_option("REST")] = 0,
     latency: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long each call takes.")
     ] = 0.0,
